@@ -1,0 +1,291 @@
+"""The one door to onnx-graphsurgeon: import, export, order, consumers, constants, and a text form.
+
+graphsurgeon compares tensors by name and nodes by content, and its lists keep back links by such comparisons. So this module
+rewires by identity, and nothing else in qcompiler touches the links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from qcompiler import functions
+
+Graph = gs.Graph
+Node = gs.Node
+Tensor = gs.Tensor
+Variable = gs.Variable
+Constant = gs.Constant
+
+IR_VERSION = 10
+CONTRIB_DOMAIN = "com.microsoft"
+
+
+def from_proto(model: onnx.ModelProto) -> Graph:
+    """Import a model. qcompiler's own functions are left out: `to_proto` adds those that are used."""
+    graph = gs.import_onnx(model)
+    graph.functions = [f for f in graph.functions if f.domain != functions.DOMAIN]
+    return graph
+
+
+def to_proto(graph: Graph, metadata: dict[str, str] | None = None) -> onnx.ModelProto:
+    """Export a graph with the functions that it calls and the model metadata."""
+    graph.import_domains = _import_domains(graph)
+    model = gs.export_onnx(graph, do_type_check=False)
+    model.ir_version = IR_VERSION
+    called = {n.op for g in all_graphs(graph) for n in g.nodes if n.domain == functions.DOMAIN}
+    model.functions.extend(functions.proto(name) for name in sorted(called))
+    for key, value in sorted((metadata or {}).items()):
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def _import_domains(graph: Graph) -> list[onnx.OperatorSetIdProto]:
+    """The operator sets in use: the model's own versions, version 1 for domains that passes brought in."""
+    known = {d.domain or "": d.version for d in graph.import_domains or []}
+    known["" if "" in known or "ai.onnx" not in known else "ai.onnx"] = graph.opset
+    used = {n.domain or "" for g in all_graphs(graph) for n in g.nodes}
+    used |= {d.domain for f in graph.functions for d in f.import_domains} if graph.functions else set()
+    used |= {f.domain for f in graph.functions} | {""}
+    return [onnx.helper.make_opsetid(d, known.get(d, 1)) for d in sorted(used - {"ai.onnx"})]
+
+
+def all_graphs(graph: Graph) -> Iterator[Graph]:
+    """The graph and every subgraph in its nodes, at any depth."""
+    yield graph
+    for node in graph.nodes:
+        for attribute in node.attrs.values():
+            if isinstance(attribute, gs.Graph):
+                yield from all_graphs(attribute)
+
+
+def has_subgraph(node: Node) -> bool:
+    """Whether the node holds a graph (If, Loop, Scan)."""
+    return any(isinstance(a, gs.Graph) for a in node.attrs.values())
+
+
+def captures(node: Node) -> list[Tensor]:
+    """The tensors that the node's subgraphs may read: everything named inside them, at any depth."""
+    found: dict[int, Tensor] = {}
+    for attribute in node.attrs.values():
+        if isinstance(attribute, gs.Graph):
+            for inner in all_graphs(attribute):
+                for tensor in inner.outputs:
+                    found[id(tensor)] = tensor
+                for inner_node in inner.nodes:
+                    for tensor in inner_node.inputs:
+                        found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def producer(tensor: Tensor) -> Node | None:
+    """The node that writes the tensor, or None for inputs and constants."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether the value is known."""
+    return isinstance(tensor, gs.Constant)
+
+
+def value(tensor: Tensor) -> NDArray[Any] | None:
+    """The value of a constant tensor, or None."""
+    return tensor.values if isinstance(tensor, gs.Constant) else None
+
+
+def scalar(tensor: Tensor) -> float | None:
+    """The value of a constant with one element, or None."""
+    array = value(tensor)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+
+
+def optional_input(node: Node, index: int) -> Tensor | None:
+    """Input `index`, or None where it is left out."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def is_output(graph: Graph, tensor: Tensor) -> bool:
+    """Whether the tensor is an output of this graph."""
+    return any(t is tensor for t in graph.outputs)
+
+
+def set_input(node: Node, index: int, tensor: Tensor) -> None:
+    """Make `tensor` the node's input `index`; back links are mended by identity."""
+    old = node.inputs[index]
+    list.__setitem__(node.inputs, index, tensor)
+    _unlink(old.outputs, node)
+    list.append(tensor.outputs, node)
+
+
+def add_input(node: Node, tensor: Tensor) -> None:
+    """Append an input."""
+    list.append(node.inputs, tensor)
+    list.append(tensor.outputs, node)
+
+
+def take_output(node: Node, index: int, tensor: Tensor) -> None:
+    """Make `node` the producer of `tensor` as its output `index`; the former producer loses it."""
+    former = producer(tensor)
+    if former is not None:
+        position = next(i for i, t in enumerate(former.outputs) if t is tensor)
+        list.__setitem__(former.outputs, position, gs.Variable.empty())
+    old = node.outputs[index]
+    _unlink(old.inputs, node)
+    list.__setitem__(node.outputs, index, tensor)
+    list.clear(tensor.inputs)
+    list.append(tensor.inputs, node)
+
+
+def detach(node: Node) -> None:
+    """Cut all links of the node."""
+    for tensor in node.inputs:
+        _unlink(tensor.outputs, node)
+    for tensor in node.outputs:
+        _unlink(tensor.inputs, node)
+    list.clear(node.inputs)
+    list.clear(node.outputs)
+
+
+def _unlink(links: list[Node], node: Node) -> None:
+    for i, linked in enumerate(links):
+        if linked is node:
+            list.pop(links, i)
+            return
+
+
+def toposort(graph: Graph) -> None:
+    """Order nodes so that producers come first; stable, iterative, subgraph captures included.
+
+    Raises ValueError if the graph has a cycle.
+    """
+    position = {id(n): i for i, n in enumerate(graph.nodes)}
+    waits: list[int] = [0] * len(graph.nodes)
+    feeds: list[list[int]] = [[] for _ in graph.nodes]
+    for i, node in enumerate(graph.nodes):
+        for tensor in {id(t): t for t in (*node.inputs, *captures(node))}.values():
+            for source in tensor.inputs:
+                j = position.get(id(source))
+                if j is not None:
+                    waits[i] += 1
+                    feeds[j].append(i)
+    ready = [i for i, count in enumerate(waits) if count == 0]
+    heapq.heapify(ready)
+    order: list[int] = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(i)
+        for j in feeds[i]:
+            waits[j] -= 1
+            if waits[j] == 0:
+                heapq.heappush(ready, j)
+    if len(order) != len(graph.nodes):
+        stuck = next(n for i, n in enumerate(graph.nodes) if waits[i])
+        raise ValueError(f"the graph has a cycle through node {stuck.name!r}")
+    graph.nodes[:] = [graph.nodes[i] for i in order]
+
+
+def drop_dead_nodes(graph: Graph) -> list[Node]:
+    """Remove the nodes that no output depends on, subgraph captures included; return them."""
+    seen: set[int] = set()
+    stack: list[Tensor] = list(graph.outputs)
+    own = {id(n) for n in graph.nodes}
+    while stack:
+        for node in stack.pop().inputs:
+            if id(node) in own and id(node) not in seen:
+                seen.add(id(node))
+                stack.extend(node.inputs)
+                stack.extend(captures(node))
+    dead = [n for n in graph.nodes if id(n) not in seen]
+    if dead:
+        graph.nodes[:] = [n for n in graph.nodes if id(n) in seen]
+        for node in dead:
+            detach(node)
+    return dead
+
+
+def tensors(graph: Graph) -> Iterator[Tensor]:
+    """Every tensor of this graph level, once, in order of appearance."""
+    seen: set[int] = set()
+    groups: Iterable[Iterable[Tensor]] = (
+        graph.inputs,
+        *(t for n in graph.nodes for t in (n.inputs, n.outputs)),
+        graph.outputs,
+    )
+    for group in groups:
+        for tensor in group:
+            if id(tensor) not in seen and not tensor.is_empty():
+                seen.add(id(tensor))
+                yield tensor
+
+
+def shape(tensor: Tensor) -> tuple[int | str | None, ...] | None:
+    """The static shape where known: ints, names of dynamic axes, None for unnamed ones; None if even the rank is unknown."""
+    known = tensor.shape
+    return None if known is None else tuple(known)
+
+
+def static_shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """The shape if every axis is known, else None."""
+    known = shape(tensor)
+    if known is None or not all(isinstance(d, int) for d in known):
+        return None
+    return tuple(int(d) for d in known)  # type: ignore[arg-type]
+
+
+def text(graph: Graph) -> str:
+    """One line per node: `output = Op{attribute=value}(inputs)`; constants show their type and shape."""
+    lines = [f"inputs: {', '.join(_declared(t) for t in graph.inputs)}"]
+    for node in graph.nodes:
+        attrs = ", ".join(f"{k}={_attribute(v)}" for k, v in sorted(node.attrs.items()))
+        outputs = ", ".join(t.name or "_" for t in node.outputs)
+        inputs = ", ".join(_operand(t) for t in node.inputs)
+        domain = f"{node.domain}." if node.domain else ""
+        lines.append(f"{outputs} = {domain}{node.op}{'{' + attrs + '}' if attrs else ''}({inputs})")
+    return "\n".join([*lines, f"outputs: {', '.join(_declared(t) for t in graph.outputs)}"]) + "\n"
+
+
+def _declared(tensor: Tensor) -> str:
+    dims = shape(tensor)
+    return f"{tensor.name}:{_dtype(tensor)}{'[?]' if dims is None else _dims(dims)}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return "?" if tensor.dtype is None else np.dtype(tensor.dtype).name
+
+
+def _dims(dims: Iterable[Any]) -> str:
+    return "[" + ",".join("?" if d is None else str(d) for d in dims) + "]"
+
+
+def _operand(tensor: Tensor) -> str:
+    if tensor.is_empty():
+        return "_"
+    array = value(tensor)
+    if array is None:
+        return tensor.name
+    if array.size == 1:
+        return f"{array.reshape(-1)[0]:g}"
+    return f"{array.dtype.name}{_dims(array.shape)}#{digest(array)[:6]}"
+
+
+def _attribute(attribute: Any) -> str:
+    if isinstance(attribute, gs.Graph):
+        return f"graph<{len(attribute.nodes)} nodes>"
+    if isinstance(attribute, gs.Tensor):
+        return _operand(attribute)
+    return str(attribute).replace(" ", "")
+
+
+def digest(array: NDArray[Any]) -> str:
+    """A hexadecimal fingerprint of an array: type, shape and bytes."""
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,0 +1,215 @@
+"""What the compiler knows about each ONNX operator: one row per operator.
+
+A row says which inputs are activations, weights or bias, where the output's range comes from, and how the operator becomes
+integer arithmetic. Targets decide which rows they run; passes only read rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from qcompiler import ir
+from qcompiler.ir import Node
+
+
+class Role(Enum):
+    """What an input is to the operator."""
+
+    ACT = "activation"
+    WEIGHT = "weight"
+    BIAS = "bias"
+    OTHER = "other"  # indices, shapes, attributes passed as inputs
+
+
+class Result(Enum):
+    """Where the quantization parameters of the output come from."""
+
+    OWN = "own"  # measured
+    SAME = "same"  # those of the activation input
+    FLOAT = "float"  # the operator runs in float
+
+
+class Lowering(Enum):
+    """How the operator becomes integer arithmetic."""
+
+    MAC = "multiply-accumulate"  # ConvInteger | MatMulInteger, then requantize
+    ADD = "add"
+    MUL = "mul"
+    SUM = "sum"  # a sum over spatial axes, then requantize
+    CONCAT = "concat"
+    MOVE = "move"  # the operator itself, on integers
+    CLIP = "clip"  # the operator itself, on integer bounds
+    TABLE = "table"  # 256 entries
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """One operator. `operands`: roles by position, the last one repeats. `weight_axis`: the weight's output channels.
+
+    `anchor`: worth a quantization of its own; other operators are quantized only between quantized neighbours.
+    `refuse(node)`: why this very node cannot be integer, or None.
+    """
+
+    op: str
+    operands: tuple[Role, ...]
+    result: Result
+    lowering: Lowering
+    domain: str = ""
+    weight_axis: int | None = None
+    anchor: bool = False
+    refuse: Callable[[Node], str | None] = lambda node: None
+
+    def role(self, index: int) -> Role:
+        """The role of input `index`."""
+        return self.operands[min(index, len(self.operands) - 1)]
+
+    def activations(self, node: Node) -> list[int]:
+        """The positions of the inputs that are activations and present."""
+        return [i for i, t in enumerate(node.inputs) if self.role(i) is Role.ACT and not t.is_empty()]
+
+
+def op_key(op: str, domain: str | None = "") -> str:
+    """The key of an operator in a table of rows: `domain.op`, or `op` in the standard domain."""
+    return f"{domain}.{op}" if domain and domain != "ai.onnx" else op
+
+
+def _constant_weight(node: Node) -> str | None:
+    if not ir.is_constant(node.inputs[1]):
+        return "the weight is not a constant"
+    bias = ir.optional_input(node, 2)
+    return None if bias is None or ir.is_constant(bias) else "the bias is not a constant"
+
+
+def _matmul(node: Node) -> str | None:
+    weight = ir.value(node.inputs[1])
+    if weight is not None and weight.ndim != 2:
+        return f"the weight has {weight.ndim} dimensions; integer kernels take 2"
+    return "the weight is not a constant" if weight is None else None
+
+
+def _gemm(node: Node) -> str | None:
+    plain = all(node.attrs.get(k, d) == d for k, d in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0)))
+    if not plain:
+        return "alpha, beta, transA or transB are not folded away"
+    bias = ir.optional_input(node, 2)
+    values = None if bias is None else ir.value(bias)
+    if values is not None and values.ndim > 1 and values.size != values.shape[-1]:
+        return "the bias is a matrix"
+    return _constant_weight(node)
+
+
+def _nearest(node: Node) -> str | None:
+    mode = node.attrs.get("mode", "nearest")
+    return None if mode == "nearest" else f"Resize mode {mode} interpolates"
+
+
+def _zero_pad(node: Node) -> str | None:
+    mode = node.attrs.get("mode", "constant")
+    fill = ir.optional_input(node, 2)
+    if mode == "constant" and fill is not None and ir.scalar(fill) is None:
+        return "the padding value is not a constant"
+    return None
+
+
+def _one_output(node: Node) -> str | None:
+    return "the indices output is used" if len(node.outputs) > 1 and not node.outputs[1].is_empty() else None
+
+
+def _spatial_size(node: Node) -> str | None:
+    shape = ir.shape(node.inputs[0])
+    known = shape is not None and all(isinstance(d, int) for d in shape[2:])
+    return None if known else "the spatial size is not static"
+
+
+def _constant_bounds(node: Node) -> str | None:
+    bounds = (ir.optional_input(node, i) for i in (1, 2))
+    return None if all(b is None or ir.scalar(b) is not None for b in bounds) else "the bounds are not constants"
+
+
+_ACT, _OTHER = (Role.ACT,), (Role.ACT, Role.OTHER)
+_MAC = (Role.ACT, Role.WEIGHT, Role.BIAS)
+
+_MOVERS = [
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Slice",
+    "Split",
+    "Gather",
+    "DepthToSpace",
+    "SpaceToDepth",
+    "Expand",
+    "Tile",
+    "Identity",
+]
+_TABLES = [
+    "Sigmoid",
+    "HardSigmoid",
+    "HardSwish",
+    "Tanh",
+    "LeakyRelu",
+    "Elu",
+    "Selu",
+    "Celu",
+    "Softplus",
+    "Softsign",
+    "Erf",
+    "Gelu",
+    "Mish",
+    "Abs",
+    "Neg",
+    "Exp",
+    "Sqrt",
+    "Reciprocal",
+    "Sin",
+    "Cos",
+    "ThresholdedRelu",
+]
+_FLOATS = [
+    "ConvTranspose",
+    "PRelu",
+    "Softmax",
+    "LogSoftmax",
+    "AveragePool",
+    "ReduceMean",
+    "LayerNormalization",
+    "InstanceNormalization",
+    "BatchNormalization",
+    "Sub",
+    "Div",
+    "Pow",
+    "Where",
+    "LSTM",
+    "GRU",
+    "RNN",
+]
+
+OPS: dict[str, OpRule] = {
+    op_key(rule.op, rule.domain): rule
+    for rule in (
+        OpRule("Conv", _MAC, Result.OWN, Lowering.MAC, weight_axis=0, anchor=True, refuse=_constant_weight),
+        OpRule("Gemm", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=_gemm),
+        OpRule("MatMul", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=_matmul),
+        OpRule("Add", _ACT, Result.OWN, Lowering.ADD),
+        OpRule("Mul", _ACT, Result.OWN, Lowering.MUL),
+        OpRule("Concat", _ACT, Result.OWN, Lowering.CONCAT),
+        OpRule("GlobalAveragePool", _ACT, Result.OWN, Lowering.SUM, refuse=_spatial_size),
+        OpRule("Relu", _ACT, Result.SAME, Lowering.CLIP),
+        OpRule("Clip", _OTHER, Result.SAME, Lowering.CLIP, refuse=_constant_bounds),
+        OpRule("MaxPool", _ACT, Result.SAME, Lowering.MOVE, refuse=_one_output),
+        OpRule("GlobalMaxPool", _ACT, Result.SAME, Lowering.NONE),
+        OpRule("Pad", _OTHER, Result.SAME, Lowering.MOVE, refuse=_zero_pad),
+        OpRule("Resize", _OTHER, Result.SAME, Lowering.MOVE, refuse=_nearest),
+        *(OpRule(op, _OTHER, Result.SAME, Lowering.MOVE) for op in _MOVERS),
+        *(OpRule(op, _ACT, Result.OWN, Lowering.TABLE) for op in _TABLES),
+        OpRule("QuickGelu", _ACT, Result.OWN, Lowering.TABLE, domain=ir.CONTRIB_DOMAIN),
+        OpRule("Gelu", _ACT, Result.OWN, Lowering.TABLE, domain=ir.CONTRIB_DOMAIN),
+        *(OpRule(op, _OTHER, Result.FLOAT, Lowering.NONE) for op in _FLOATS),
+    )
+}
+"""The rows of the built-in operators, by `op_key`."""

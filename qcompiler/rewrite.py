@@ -1,0 +1,214 @@
+"""The only mutator of graphs, and rules that run to a fixed point.
+
+Names, counts, provenance, refusals and the limit of bisection live here, so that no pass has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler import ir
+from qcompiler.ir import Constant, Graph, Node, Tensor, Variable
+from qcompiler.ops import op_key
+from qcompiler.state import CompileState
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rule did not rewrite a node; `culprit` names the node or tensor in the way."""
+
+    reason: str
+    culprit: str = ""
+
+
+@dataclass
+class Rewriter:
+    """Edits one graph of a state. Nodes are appended; `finish` restores the order and drops what is dead."""
+
+    state: CompileState
+    graph: Graph = field(default=None)  # type: ignore[assignment]
+    count: int = 0
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.graph is None:
+            self.graph = self.state.graph
+        self._graphs = list(ir.all_graphs(self.state.graph))
+        self._tensor_names = {t.name for g in self._graphs for t in ir.tensors(g)}
+        self._node_names = {n.name for g in self._graphs for n in g.nodes}
+        self._own = {id(n) for n in self.graph.nodes}
+        self._removed: list[Node] = []
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the limit on rewrites is reached."""
+        limit = self.state.rewrite_limit
+        return limit is not None and self.count >= limit
+
+    def fresh_tensor_name(self, hint: str) -> str:
+        """A tensor name that no graph of the model uses."""
+        return _fresh(hint, self._tensor_names)
+
+    def variable(self, hint: str, dtype: Any = None, shape: Sequence[Any] | None = None) -> Variable:
+        """A new tensor."""
+        return Variable(self.fresh_tensor_name(hint), dtype=dtype, shape=shape)
+
+    def constant(self, hint: str, values: NDArray[Any] | np.generic | float) -> Constant:
+        """A new initializer."""
+        return Constant(self.fresh_tensor_name(hint), np.array(values))
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor] | int = 1,
+        *,
+        origin: Node | Iterable[Node],
+        hint: str = "",
+        domain: str = "",
+        **attrs: Any,
+    ) -> Node:
+        """Append a node that takes the place of `origin`, or of a part of it.
+
+        outputs: tensors that have no producer yet (use `take_output` otherwise), or how many new ones to make.
+        """
+        sources = [origin] if isinstance(origin, Node) else list(origin)
+        name = _fresh(hint or sources[0].name or op, self._node_names)
+        if isinstance(outputs, int):
+            outputs = [self.variable(f"{name}_output") for _ in range(outputs)]
+        node = Node(op, name, attrs, list(inputs), list(outputs), domain or None)
+        self.graph.nodes.append(node)
+        self._own.add(id(node))
+        self.state.origin[name] = self.layers(sources)
+        return node
+
+    def layers(self, nodes: Iterable[Node]) -> tuple[str, ...]:
+        """The float layers behind nodes, in order, each once."""
+        return tuple(dict.fromkeys(layer for n in nodes for layer in self.state.origin.get(n.name, (n.name,))))
+
+    def adopt(self, node: Node, *sources: Node) -> None:
+        """Record that `node` now also does the work of `sources`."""
+        self.state.origin[node.name] = self.layers((node, *sources))
+
+    def set_input(self, node: Node, index: int, tensor: Tensor) -> None:
+        """Replace an input."""
+        ir.set_input(node, index, tensor)
+
+    def take_output(self, node: Node, tensor: Tensor, index: int = 0) -> None:
+        """Make `node` the producer of `tensor`; consumers and graph outputs follow without a change."""
+        ir.take_output(node, index, tensor)
+
+    def replace_uses(self, old: Tensor, new: Tensor, among: Iterable[Node] | None = None) -> None:
+        """Let the consumers of `old` (or those `among` them) read `new`. Graph outputs are not touched."""
+        chosen = None if among is None else {id(n) for n in among}
+        for node in list(old.outputs):
+            if chosen is None or id(node) in chosen:
+                for i, tensor in enumerate(node.inputs):
+                    if tensor is old:
+                        ir.set_input(node, i, new)
+        if chosen is None:
+            self._replace_subgraph_outputs(old, new)
+
+    def _replace_subgraph_outputs(self, old: Tensor, new: Tensor) -> None:
+        for graph in self._graphs:
+            if graph is not self.graph:
+                for i, tensor in enumerate(graph.outputs):
+                    if tensor is old:
+                        graph.outputs[i] = new
+
+    def bypass(self, node: Node, index: int = 0) -> bool:
+        """Remove a node whose output equals its input `index`. False where two graph outputs or inputs stand in the way."""
+        source, result = node.inputs[index], node.outputs[0]
+        if not self.is_output(result):
+            self.replace_uses(result, source)
+            self.remove(node)
+            return True
+        maker = ir.producer(source)
+        if maker is None or self.is_output(source) or id(maker) not in self._own:
+            return False
+        self.remove(node)
+        position = next(i for i, t in enumerate(maker.outputs) if t is source)
+        ir.take_output(maker, position, result)
+        self.replace_uses(source, result)
+        return True
+
+    def remove(self, node: Node) -> None:
+        """Take a node out of the graph; its outputs must be unused or produced by another node."""
+        ir.detach(node)
+        self._own.discard(id(node))
+        self._removed.append(node)  # keeps the object, hence its id, alive
+
+    def is_output(self, tensor: Tensor) -> bool:
+        """Whether the tensor is an output of the graph that is edited."""
+        return ir.is_output(self.graph, tensor)
+
+    def users(self, tensor: Tensor) -> list[Node]:
+        """The nodes that read the tensor, each once; nodes inside subgraphs included."""
+        return list({id(n): n for n in tensor.outputs}.values())
+
+    def only_user(self, tensor: Tensor) -> Node | None:
+        """The node that is the tensor's one consumer; None if it has several, or is an output of any graph."""
+        users = self.users(tensor)
+        if len(users) != 1 or any(ir.is_output(g, tensor) for g in self._graphs):
+            return None
+        return users[0] if id(users[0]) in self._own else None
+
+    def finish(self) -> int:
+        """Drop dead nodes, restore the order, and return the number of rewrites."""
+        self.graph.nodes[:] = [n for n in self.graph.nodes if id(n) in self._own]
+        for node in ir.drop_dead_nodes(self.graph):
+            self._own.discard(id(node))
+            self._removed.append(node)
+        ir.toposort(self.graph)
+        return self.count
+
+
+def _fresh(hint: str, taken: set[str]) -> str:
+    name, i = hint, 0
+    while name in taken:
+        i += 1
+        name = f"{hint}_{i}"
+    taken.add(name)
+    return name
+
+
+Rule = Callable[[Rewriter, Node], Refusal | None]
+"""Rewrites the subgraph rooted at a node and returns None, or returns the reason why not."""
+
+MAX_ROUNDS = 100
+
+
+def apply_rules(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule]]) -> int:
+    """Apply rules by operator type (`op_key`) until none fires; return the number of rewrites.
+
+    Refusals of the last round stay in `rewriter.refusals`, by node name. Raises RuntimeError if rules do not settle.
+    """
+    for _ in range(MAX_ROUNDS):
+        fired = _one_round(rewriter, rules)
+        rewriter.finish()
+        if not fired or rewriter.exhausted:
+            return rewriter.count
+    raise RuntimeError(f"rules do not reach a fixed point in {MAX_ROUNDS} rounds; the last to fire rewrote {fired!r}")
+
+
+def _one_round(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule]]) -> str | None:
+    fired = None
+    rewriter.refusals.clear()
+    for node in list(rewriter.graph.nodes):
+        entry = rules.get(op_key(node.op, node.domain))
+        for rule in [] if entry is None else entry if isinstance(entry, list) else [entry]:
+            if rewriter.exhausted or not node.outputs:
+                break
+            name = node.name
+            refusal = rule(rewriter, node)
+            if refusal is None:
+                rewriter.count += 1
+                fired = name
+                break
+            rewriter.refusals[name] = refusal
+    return fired

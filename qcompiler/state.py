@@ -1,0 +1,84 @@
+"""The one object that a compilation pushes through its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qcompiler.ir import Graph
+from qcompiler.ops import OpRule
+from qcompiler.quant import QuantParams, QuantSpec
+from qcompiler.target import Target
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+class Phase(IntEnum):
+    """How far a compilation has come; each phase is a set of invariants in `verify`."""
+
+    FLOAT = 0
+    FUSED = 1
+    ANNOTATED = 2
+    CALIBRATED = 3
+    QDQ = 4
+    INTEGER = 5
+    KERNELS = 6
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes that become one integer instruction: a root and the activation that it absorbs.
+
+    `root`: name of the root node. `nodes`: names of all its nodes, root first. `output`: name of the tensor that leaves it.
+    `quantized`: whether annotate chose it; `reason`: why not, else "".
+    """
+
+    root: str
+    nodes: tuple[str, ...]
+    output: str
+    quantized: bool = False
+    reason: str = ""
+
+
+@dataclass
+class CompileState:
+    """The graph and its side tables. Tables are keyed by node or tensor name; names never carry meaning.
+
+    `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
+    shares. `params`: tensor -> what it got (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table
+    node -> the float model that filled it. `origin`: node -> the float layers that it came from. `keep_float`: patterns of
+    node and output names that the user keeps in float. `calibration`: the samples; `collector`: how ranges are measured.
+    """
+
+    graph: Graph
+    target: Target
+    ops: Mapping[str, OpRule]
+    phase: Phase = Phase.FLOAT
+    blocks: dict[str, Block] = field(default_factory=dict)
+    specs: dict[str, QuantSpec] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+    params: dict[str, QuantParams] = field(default_factory=dict)
+    tables: dict[str, bytes] = field(default_factory=dict)
+    origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    keep_float: tuple[str, ...] = ()
+    calibration: Iterable[Feeds] | None = None
+    progress: Any = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    rewrite_limit: int | None = None
+
+    def leader(self, tensor: str) -> str:
+        """The tensor whose params `tensor` shares; itself if it has its own."""
+        while tensor in self.ties:
+            tensor = self.ties[tensor]
+        return tensor
+
+    def tie(self, tensor: str, to: str) -> None:
+        """Make `tensor` share the params of `to`."""
+        a, b = self.leader(tensor), self.leader(to)
+        if a != b:
+            self.ties[a] = b

@@ -1,0 +1,45 @@
+"""Targets: everything that the compiler knows about a kind of hardware, as values of one type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qcompiler.ir import Node
+from qcompiler.ops import Lowering, OpRule, Result, op_key
+from qcompiler.quant import QuantSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kind of hardware runs.
+
+    `activation`, `weight`: the integer types. `opset`: the least ONNX opset of the output. `lowerings`: what has an integer
+    kernel. `stays_float`: operators that run better in float, with the reason. `float_result`: operators whose kernels give a
+    float result at no cost, so that a float consumer needs no quantized tensor. `kernels`: kernel operator per float operator,
+    for instruction selection; without them the integer form is the final one. `rewrites`: names of the target's optional
+    float rewrites.
+    """
+
+    name: str
+    description: str
+    activation: QuantSpec
+    weight: QuantSpec
+    lowerings: frozenset[Lowering]
+    opset: int = 17
+    stays_float: Mapping[str, str] = field(default_factory=dict)
+    float_result: frozenset[str] = frozenset()
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    rewrites: frozenset[str] = frozenset()
+
+    def why_not(self, node: Node, rules: Mapping[str, OpRule]) -> str | None:
+        """The reason why a node stays float on this target, or None if it can be integer."""
+        key = op_key(node.op, node.domain)
+        rule = rules.get(key)
+        if rule is None:
+            return f"{key} has no row in the operator table"
+        if key in self.stays_float:
+            return self.stays_float[key]
+        if rule.result is Result.FLOAT or rule.lowering not in self.lowerings:
+            return f"{key} has no integer kernel on {self.name}"
+        return rule.refuse(node)
