@@ -100,10 +100,18 @@ def value(tensor: Tensor) -> NDArray[Any] | None:
     return tensor.values if isinstance(tensor, gs.Constant) else None
 
 
+def array(tensor: Tensor) -> NDArray[Any]:
+    """The value of a tensor that must be a constant. Raises TypeError for a variable."""
+    known = value(tensor)
+    if known is None:
+        raise TypeError(f"tensor {tensor.name!r} is not a constant")
+    return known
+
+
 def scalar(tensor: Tensor) -> float | None:
     """The value of a constant with one element, or None."""
-    array = value(tensor)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+    known = value(tensor)
+    return float(known.reshape(-1)[0]) if known is not None and known.size == 1 else None
 
 
 def optional_input(node: Node, index: int) -> Tensor | None:
@@ -269,12 +277,12 @@ def _dims(dims: Iterable[Any]) -> str:
 def _operand(tensor: Tensor) -> str:
     if tensor.is_empty():
         return "_"
-    array = value(tensor)
-    if array is None:
+    known = value(tensor)
+    if known is None:
         return tensor.name
-    if array.size == 1:
-        return f"{array.reshape(-1)[0]:g}"
-    return f"{array.dtype.name}{_dims(array.shape)}#{digest(array)[:6]}"
+    if known.size == 1:
+        return f"{known.reshape(-1)[0]:g}"
+    return f"{known.dtype.name}{_dims(known.shape)}#{digest(known)[:6]}"
 
 
 def _attribute(attribute: Any) -> str:
@@ -285,7 +293,7 @@ def _attribute(attribute: Any) -> str:
     return str(attribute).replace(" ", "")
 
 
-def digest(array: NDArray[Any]) -> str:
+def digest(values: NDArray[Any]) -> str:
     """A hexadecimal fingerprint of an array: type, shape and bytes."""
-    head = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+    head = f"{values.dtype.str}{values.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -40,7 +40,7 @@ class Lowering(Enum):
     SUM = "sum"  # a sum over spatial axes, then requantize
     CONCAT = "concat"
     MOVE = "move"  # the operator itself, on integers
-    CLIP = "clip"  # the operator itself, on integer bounds
+    CLIP = "clip"  # integer bounds
     TABLE = "table"  # 256 entries
     NONE = "none"
 
@@ -109,8 +109,8 @@ def _nearest(node: Node) -> str | None:
 def _zero_pad(node: Node) -> str | None:
     mode = node.attrs.get("mode", "constant")
     fill = ir.optional_input(node, 2)
-    if mode == "constant" and fill is not None and ir.scalar(fill) is None:
-        return "the padding value is not a constant"
+    if mode == "constant" and fill is not None and ir.scalar(fill) != 0:
+        return "the padding value is not zero"
     return None
 
 

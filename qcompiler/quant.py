@@ -10,6 +10,7 @@ every int32 accumulator. `snap_weight_scale` and `snap_ratio` find scales for wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -213,6 +214,27 @@ def snap_ratio(s_a: float, s_c: float, shift: int = RATIO_SHIFT, limit: float = 
         if good.size:
             return np.float32(good[0])
     raise ValueError(f"no float32 scale near {s_a} has a dyadic ratio to {s_c}")
+
+
+def snap_scale(factor_of: Callable[[F32], F32], wanted: float, at_least: bool, shift: int = SHIFT) -> np.float32 | None:
+    """The float32 scale next to `wanted` whose `factor_of(scale)` is exactly `m * 2**-shift`, m >= 1; None if none is near.
+
+    `factor_of` maps scales to float32 rescale factors and is monotone: proportional or inversely proportional. With
+    `at_least`, scales below `wanted` are taken only if none above fits.
+    """
+    exact = float(factor_of(np.asarray([wanted], np.float32))[0]) * 2.0**shift
+    rising = float(factor_of(np.asarray([wanted * 1.01], np.float32))[0]) * 2.0**shift > exact
+    up = at_least == rising
+    start = np.ceil(exact - 1e-6) if up else np.floor(exact + 1e-6)
+    steps = [d * (1 if up else -1) for d in range(33)] + [d * (-1 if up else 1) for d in range(1, 33)]
+    for m in (start + step for step in steps):
+        if m < 1:
+            continue
+        near = neighbours(np.asarray(wanted * (m / exact if rising else exact / m)))
+        good = near[factor_of(near) == np.float32(m * 2.0**-shift)]
+        if good.size:
+            return np.float32(good[0])
+    return None
 
 
 def round_shift(values: I64, shift: int) -> I64:

@@ -103,6 +103,15 @@ class Rewriter:
         """Make `node` the producer of `tensor`; consumers and graph outputs follow without a change."""
         ir.take_output(node, index, tensor)
 
+    def cut(self, tensor: Tensor) -> Variable:
+        """Give the producer of `tensor` a new output in its place and return that; `tensor` then has no producer."""
+        maker = ir.producer(tensor)
+        if maker is None:
+            raise ValueError(f"tensor {tensor.name!r} has no producer")
+        fresh = self.variable(f"{tensor.name}_raw", tensor.dtype, tensor.shape)
+        ir.take_output(maker, next(i for i, t in enumerate(maker.outputs) if t is tensor), fresh)
+        return fresh
+
     def replace_uses(self, old: Tensor, new: Tensor, among: Iterable[Node] | None = None) -> None:
         """Let the consumers of `old` (or those `among` them) read `new`. Graph outputs are not touched."""
         chosen = None if among is None else {id(n) for n in among}

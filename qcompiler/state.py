@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -31,15 +32,17 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes that become one integer instruction: a root and the activation that it absorbs.
+    """Nodes that become one integer instruction: a root and the activations that it absorbs.
 
-    `root`: name of the root node. `nodes`: names of all its nodes, root first. `output`: name of the tensor that leaves it.
-    `quantized`: whether annotate chose it; `reason`: why not, else "".
+    `root`: name of the root node. `nodes`: names of all its nodes, root first. `outputs`: names of the tensors that leave it.
+    `low`, `high`: bounds of the absorbed activation. `quantized`: whether annotate chose it; `reason`: why not, else "".
     """
 
     root: str
     nodes: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
+    low: float = -math.inf
+    high: float = math.inf
     quantized: bool = False
     reason: str = ""
 

@@ -16,9 +16,9 @@ class Target:
 
     `activation`, `weight`: the integer types. `opset`: the least ONNX opset of the output. `lowerings`: what has an integer
     kernel. `stays_float`: operators that run better in float, with the reason. `float_result`: operators whose kernels give a
-    float result at no cost, so that a float consumer needs no quantized tensor. `kernels`: kernel operator per float operator,
-    for instruction selection; without them the integer form is the final one. `rewrites`: names of the target's optional
-    float rewrites.
+    float result at no cost, so that a float consumer needs no quantized tensor. `kernels`: the quantized operators
+    (`op_key`) that instruction selection may use; without them the integer form is the final one. `rewrites`: names of the
+    optional float rewrites that pay on the target. `per_channel`: one weight scale per output channel, or one per tensor.
     """
 
     name: str
@@ -29,8 +29,9 @@ class Target:
     opset: int = 17
     stays_float: Mapping[str, str] = field(default_factory=dict)
     float_result: frozenset[str] = frozenset()
-    kernels: Mapping[str, str] = field(default_factory=dict)
+    kernels: frozenset[str] = frozenset()
     rewrites: frozenset[str] = frozenset()
+    per_channel: bool = True
 
     def why_not(self, node: Node, rules: Mapping[str, OpRule]) -> str | None:
         """The reason why a node stays float on this target, or None if it can be integer."""

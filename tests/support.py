@@ -27,6 +27,8 @@ def model_from_text(
 ) -> onnx.ModelProto:
     """Parse an ONNX text graph (`g (float[1,3,8,8] x) => (float[...] y) {...}`); initializers come as arrays."""
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n{text}')
+    for node in model.graph.node:
+        node.name = node.name or f"{node.op_type}_{node.output[0]}"
     for name, array in (initializers or {}).items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
     return model

@@ -1,6 +1,36 @@
-"""The built-in passes, as a plug-in like any other."""
+"""The built-in passes, targets and pipelines, as a plug-in like any other."""
 
 from qcompiler.plugin import Plugin
+from qcompiler_passes.align_scales import AlignScales
+from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.cleanup import Cleanup
+from qcompiler_passes.fold_scales import FoldScales
+from qcompiler_passes.form_blocks import FormBlocks
+from qcompiler_passes.insert_qdq import InsertQdq
+from qcompiler_passes.lower_integer import LowerInteger
+from qcompiler_passes.scale_weights import ScaleWeights
+from qcompiler_passes.select_kernels import SelectKernels
+from qcompiler_passes.targets import TARGETS
 
-PLUGIN = Plugin("qcompiler-passes", passes=(Cleanup,))
+DEFAULT_PIPELINE = (
+    "normalize,fold-constants,recompose,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-pooling,normalize-gemm,"
+    "fold-constants,form-blocks,annotate,calibrate,align-scales,scale-weights,insert-qdq,lower-integer,fold-scales,"
+    "select-kernels,cleanup"
+)
+
+PLUGIN = Plugin(
+    "qcompiler-passes",
+    passes=(
+        AlignScales,
+        Annotate,
+        Cleanup,
+        FoldScales,
+        FormBlocks,
+        InsertQdq,
+        LowerInteger,
+        ScaleWeights,
+        SelectKernels,
+    ),
+    targets=TARGETS,
+    pipelines={"default": DEFAULT_PIPELINE},
+)

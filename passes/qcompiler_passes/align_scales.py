@@ -1,0 +1,175 @@
+"""align-scales: move activation scales by a little, so that every rescale factor between them is a dyadic number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from qcompiler import ir, quant
+from qcompiler.ir import Node
+from qcompiler.ops import Lowering, op_key
+from qcompiler.quant import F32, QuantParams
+from qcompiler.state import CompileState, Phase
+
+
+@dataclass(frozen=True)
+class AlignScales:
+    """Make Add, Mul and GlobalAveragePool exact in integers.
+
+    From the outputs backwards, an operator's inputs get the float32 scales nearest to the measured ones whose factors to the
+    output are multiples of 2**-12 (Add) or 2**-16 (Mul, GlobalAveragePool). Conv, Gemm and MatMul take any scale, because
+    their weight scales absorb it. An operator whose scales are all fixed by others already goes back to float, with the reason.
+    Concat inputs whose scale is within `concat_tie` of the output's take that scale: nothing is left to rescale then.
+    """
+
+    concat_tie: float = 0.85
+
+    name: ClassVar[str] = "align-scales"
+    requires: ClassVar[Phase] = Phase.CALIBRATED
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state: CompileState) -> int:
+        """Return the number of tensors whose scale moved."""
+        solver = _Solver(state)
+        nodes = {n.name: n for n in state.graph.nodes}
+        for root, block in reversed(list(state.blocks.items())):
+            if not block.quantized or root not in nodes:
+                continue
+            node = nodes[root]
+            lowering = state.ops[op_key(node.op, node.domain)].lowering
+            output = block.outputs[0]
+            fits = True
+            if lowering is Lowering.ADD:
+                fits = solver.add(node.inputs[0].name, node.inputs[1].name, output)
+            elif lowering is Lowering.MUL:
+                fits = solver.mul(node.inputs[0].name, node.inputs[1].name, output)
+            elif lowering is Lowering.SUM:
+                fits = solver.mean(node.inputs[0].name, output, spatial_size(node))
+            elif lowering is Lowering.CONCAT:
+                solver.concat([t.name for t in node.inputs], output, self.concat_tie)
+            if not fits:
+                state.blocks[root] = replace(block, quantized=False, reason="its scales cannot all be dyadic")
+        return solver.moved
+
+
+def spatial_size(node: Node) -> int:
+    """The number of elements that a GlobalAveragePool sums."""
+    shape = ir.static_shape(node.inputs[0]) or tuple(
+        d if isinstance(d, int) else 1 for d in ir.shape(node.inputs[0]) or ()
+    )
+    return int(np.prod(shape[2:]))
+
+
+def mean_factor(s_x: F32 | np.float32, s_y: F32 | np.float32, size: int) -> F32:
+    """The factor of an average over `size` elements as QLinearGlobalAveragePool computes it: `fl(s_x / fl(s_y * size))`."""
+    return np.asarray(np.asarray(s_x, np.float32) / (np.asarray(s_y, np.float32) * np.float32(size)), np.float32)
+
+
+class _Solver:
+    """Scales by leader tensor; a pinned one takes part in a factor and must not move any more."""
+
+    def __init__(self, state: CompileState) -> None:
+        self.state = state
+        self.members: dict[str, list[str]] = {}
+        for name in state.params:
+            self.members.setdefault(state.leader(name), []).append(name)
+        self.limits = self._limits()
+        self.pinned: set[str] = set()
+        self.moved = 0
+
+    def _limits(self) -> dict[str, float]:
+        """Where an activation bound is the end of the range, a larger scale would cost a clip of its own."""
+        limits: dict[str, float] = {}
+        for block in self.state.blocks.values():
+            for name in block.outputs:
+                params = self.state.params.get(name)
+                if params is not None and np.isfinite(block.high) and params.zero_point == params.spec.qmin:
+                    leader = self.state.leader(name)
+                    limits[leader] = min(limits.get(leader, np.inf), block.high / params.spec.steps * (1 + 1e-6))
+        return limits
+
+    def params(self, name: str) -> QuantParams:
+        return self.state.params[self.state.leader(name)]
+
+    def scale(self, name: str) -> np.float32:
+        return np.float32(self.params(name).scale)
+
+    def free(self, name: str) -> bool:
+        return self.state.leader(name) not in self.pinned
+
+    def pin(self, *names: str) -> None:
+        self.pinned.update(self.state.leader(n) for n in names)
+
+    def move(self, name: str, scale: np.float32 | None) -> bool:
+        if scale is None:
+            return False
+        leader = self.state.leader(name)
+        if scale != self.scale(name):
+            self.moved += 1
+            for member in self.members[leader]:
+                self.state.params[member] = self.state.params[member].with_scale(scale)
+        return True
+
+    def join(self, name: str, to: str) -> None:
+        """Let two classes of tensors share their params from now on."""
+        joined = self.members.pop(self.state.leader(name))
+        self.state.tie(name, to)
+        self.members[self.state.leader(to)] += joined
+
+    def add(self, a: str, b: str, c: str) -> bool:
+        """c = a + b: both ratios to c multiples of 2**-12."""
+        if self.free(c):
+            held = next((x for x in (a, b) if not self.free(x)), None)
+            if held is not None and self.state.leader(held) != self.state.leader(c):
+                s_x = self.scale(held)
+                self.move(c, quant.snap_scale(lambda s: s_x / s, float(self.scale(c)), True, quant.RATIO_SHIFT))
+        self.pin(c)
+        for x in (a, b):
+            if self.free(x):
+                limit = self.limits.get(self.state.leader(x), np.inf)
+                self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), limit=limit))
+        fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), quant.RATIO_SHIFT) for x in (a, b))
+        self.pin(a, b)
+        return fits
+
+    def mul(self, a: str, b: str, c: str) -> bool:
+        """c = a * b: the factor a multiple of 2**-16."""
+        s_a, s_b, s_c = self.scale(a), self.scale(b), self.scale(c)
+        if not quant.is_dyadic(quant.rescale(s_a, s_b, s_c)):
+            distinct = {self.state.leader(x) for x in (a, b, c)}
+            if self.free(c) and self.state.leader(c) not in {self.state.leader(a), self.state.leader(b)}:
+                self.move(c, quant.snap_scale(lambda s: quant.rescale(s_a, s_b, s), float(s_c), True))
+            elif self.free(a) and len(distinct) == 3:
+                self.move(a, quant.snap_scale(lambda s: quant.rescale(s, s_b, s_c), float(s_a), True))
+            elif self.free(b) and len(distinct) == 3:
+                self.move(b, quant.snap_scale(lambda s: quant.rescale(s_a, s, s_c), float(s_b), True))
+        self.pin(a, b, c)
+        return bool(quant.is_dyadic(quant.rescale(self.scale(a), self.scale(b), self.scale(c))))
+
+    def mean(self, x: str, y: str, size: int) -> bool:
+        """y = mean of x over `size` elements: the factor a multiple of 2**-16."""
+        s_x, s_y = self.scale(x), self.scale(y)
+        if not quant.is_dyadic(mean_factor(s_x, s_y, size)):
+            if self.free(y) and self.state.leader(x) != self.state.leader(y):
+                self.move(y, quant.snap_scale(lambda s: mean_factor(s_x, s, size), float(s_y), True))
+            elif self.free(x) and self.state.leader(x) != self.state.leader(y):
+                self.move(x, quant.snap_scale(lambda s: mean_factor(s, s_y, size), float(s_x), True))
+        self.pin(x, y)
+        return bool(quant.is_dyadic(mean_factor(self.scale(x), self.scale(y), size)))
+
+    def concat(self, inputs: list[str], output: str, tie: float) -> None:
+        """Let inputs of nearly the output's range take its params: they need no rescale then."""
+        target = self.params(output)
+        for name in inputs:
+            own = self.params(name)
+            apart = self.state.leader(name) != self.state.leader(output)
+            if (
+                apart
+                and self.free(name)
+                and own.zero_point == target.zero_point
+                and tie <= own.scale / target.scale <= 1.02
+            ):
+                self.move(name, np.float32(target.scale))
+                self.join(name, output)

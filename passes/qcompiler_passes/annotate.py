@@ -1,0 +1,162 @@
+"""annotate: choose which blocks are quantized, and what each of their tensors is quantized to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import numpy as np
+
+from qcompiler import ir
+from qcompiler.ir import Node, Tensor
+from qcompiler.ops import Lowering, OpRule, Result, Role, op_key
+from qcompiler.rewrite import Rewriter
+from qcompiler.state import Block, CompileState, Phase
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """Decide per block: integer, or float with a reason.
+
+    Anchors (Conv, Gemm, MatMul) are quantized wherever the target can. Other operators follow if all that they read is
+    quantized and something quantized reads them, so that they save conversions instead of adding some. Tensors that an
+    operator passes on unchanged share their params.
+    """
+
+    name: ClassVar[str] = "annotate"
+    requires: ClassVar[Phase] = Phase.FUSED
+    establishes: ClassVar[Phase | None] = Phase.ANNOTATED
+
+    def run(self, state: CompileState) -> int:
+        """Return the number of tensors that got a spec."""
+        if state.phase >= Phase.ANNOTATED:
+            return 0
+        choice = _Choice(state)
+        choice.settle()
+        for root, block in state.blocks.items():
+            reason = choice.reasons.get(root, "")
+            state.blocks[root] = replace(block, quantized=not reason, reason=reason)
+        _own_constants(state)
+        for block in state.blocks.values():
+            if block.quantized:
+                _specify(state, choice, block)
+        return len(state.specs)
+
+
+class _Choice:
+    """Which blocks stay float, and why; every other block is quantized."""
+
+    def __init__(self, state: CompileState) -> None:
+        self.state = state
+        self.nodes = {n.name: n for n in state.graph.nodes}
+        self.rules = {
+            root: rule
+            for root in state.blocks
+            if (rule := state.ops.get(op_key(self.nodes[root].op, self.nodes[root].domain)))
+        }
+        self.block_of = {name: root for root, block in state.blocks.items() for name in block.nodes}
+        self.reasons: dict[str, str] = {}
+        for root, block in state.blocks.items():
+            reason = self._kept(block) or self._unfit(self.nodes[root])
+            if reason:
+                self.reasons[root] = reason
+
+    def _kept(self, block: Block) -> str | None:
+        names = (*block.nodes, *block.outputs)
+        for pattern in self.state.keep_float:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return f"kept in float as {pattern!r} asks"
+        return None
+
+    def _unfit(self, node: Node) -> str | None:
+        reason = self.state.target.why_not(node, self.state.ops)
+        if reason or ir.has_subgraph(node):
+            return reason or "it holds subgraphs"
+        rule = self.rules[node.name]
+        tensors = [node.inputs[i] for i in rule.activations(node)]
+        weights = [t for i, t in enumerate(node.inputs) if rule.role(i) is Role.WEIGHT]
+        for tensor in (*tensors, *weights):
+            if tensor.dtype is not None and np.dtype(tensor.dtype) != np.float32:
+                return f"it computes in {np.dtype(tensor.dtype).name}"
+            array = ir.value(tensor)
+            if array is not None and not np.all(np.isfinite(array)):
+                return f"constant {tensor.name!r} is not finite"
+        return None if any(not ir.is_constant(t) for t in tensors) else "it computes a constant"
+
+    def settle(self) -> None:
+        """Take non-anchors out until each that is left has quantized neighbours on both sides."""
+        pending = [r for r in self.state.blocks if r not in self.reasons and not self.rules[r].anchor]
+        changed = True
+        while changed:
+            changed = False
+            for root in pending:
+                if root not in self.reasons and (reason := self._isolated(root)):
+                    self.reasons[root] = reason
+                    changed = True
+
+    def _isolated(self, root: str) -> str | None:
+        node, rule = self.nodes[root], self.rules[root]
+        for index in rule.activations(node):
+            if not self._available(node.inputs[index], rule):
+                return f"its input {node.inputs[index].name!r} is a float tensor"
+        if not any(self.quantized_readers(name) for name in self.state.blocks[root].outputs):
+            return "nothing quantized reads its result"
+        return None
+
+    def _available(self, tensor: Tensor, rule: OpRule) -> bool:
+        maker = ir.producer(tensor)
+        if ir.is_constant(tensor):
+            return True
+        if maker is None:
+            return rule.lowering is Lowering.MOVE
+        root = self.block_of.get(maker.name)
+        if root is None or root in self.reasons:
+            return False
+        op = self.nodes[root].op
+        return not (rule.lowering is Lowering.TABLE and op in self.state.target.float_result)
+
+    def quantized_readers(self, tensor_name: str) -> list[Node]:
+        """The quantized block roots that read the tensor as an activation."""
+        tensor = self._tensor(tensor_name)
+        readers = []
+        for node in [] if tensor is None else tensor.outputs:
+            root = self.block_of.get(node.name)
+            if root == node.name and root not in self.reasons:
+                rule = self.rules[root]
+                if any(node.inputs[i] is tensor for i in rule.activations(node)):
+                    readers.append(node)
+        return readers
+
+    def _tensor(self, name: str) -> Tensor | None:
+        if not hasattr(self, "_by_name"):
+            self._by_name = {t.name: t for t in ir.tensors(self.state.graph)}
+        return self._by_name.get(name)
+
+
+def _own_constants(state: CompileState) -> None:
+    """Give every quantized block its own copy of the constants that it shares: their scales will differ."""
+    rewriter = Rewriter(state)
+    for node in state.graph.nodes:
+        block = state.blocks.get(node.name)
+        if block is None or not block.quantized:
+            continue
+        rule = state.ops[op_key(node.op, node.domain)]
+        for index, tensor in enumerate(node.inputs):
+            array = ir.value(tensor)
+            if array is not None and rule.role(index) is not Role.OTHER and len(tensor.outputs) > 1:
+                rewriter.set_input(node, index, rewriter.constant(tensor.name, array))
+
+
+def _specify(state: CompileState, choice: _Choice, block: Block) -> None:
+    node, rule = choice.nodes[block.root], choice.rules[block.root]
+    activation = state.target.activation
+    inputs = [node.inputs[i].name for i in rule.activations(node)]
+    for name in inputs:
+        state.specs[name] = activation
+    for name in block.outputs:
+        if node.op in state.target.float_result and not choice.quantized_readers(name):
+            continue
+        state.specs[name] = activation
+        if rule.result is Result.SAME:
+            state.tie(name, inputs[0])

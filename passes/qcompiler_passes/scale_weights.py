@@ -1,0 +1,100 @@
+"""scale-weights: give every weight its scale, so that the requantize multiplier of its operator is an integer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler import ir, quant
+from qcompiler.ir import Node
+from qcompiler.ops import Lowering, OpRule, op_key
+from qcompiler.quant import F32, QuantParams, QuantSpec
+from qcompiler.state import CompileState, Phase
+
+_BUDGET = 3_000_000
+"""Weights looked at per tensor: small ones, whose few values gain most from a good scale, get more candidates."""
+
+
+@dataclass(frozen=True)
+class ScaleWeights:
+    """Choose each weight scale per output channel.
+
+    The scale that covers the largest weight is rounded up to one whose rescale factor `s_x * s_w / s_y` is `m * 2**-16`, then
+    others near it are tried and the one with the least mean squared rounding and clipping error wins (OMSE on exact values;
+    Choukroun et al. 2019, arXiv 1902.06822). `search=false` keeps the first. Operators with a float result take any scale.
+    """
+
+    search: bool = True
+
+    name: ClassVar[str] = "scale-weights"
+    requires: ClassVar[Phase] = Phase.CALIBRATED
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state: CompileState) -> int:
+        """Return the number of weights that got params."""
+        count = 0
+        for node in state.graph.nodes:
+            block = state.blocks.get(node.name)
+            rule = state.ops.get(op_key(node.op, node.domain))
+            if block is None or rule is None or not block.quantized or rule.lowering is not Lowering.MAC:
+                continue
+            weight = node.inputs[1]
+            if weight.name in state.params:
+                continue
+            s_x = float(state.params[node.inputs[0].name].scale)
+            output = state.params.get(block.outputs[0])
+            s_y = None if output is None else float(output.scale)
+            state.params[weight.name] = self._params(state, node, rule, s_x, s_y)
+            count += 1
+        return count
+
+    def _params(self, state: CompileState, node: Node, rule: OpRule, s_x: float, s_y: float | None) -> QuantParams:
+        axis = rule.weight_axis if state.target.per_channel else None
+        spec = state.target.weight.per_channel(axis)
+        array = ir.array(node.inputs[1])
+        rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) if axis is not None else array.reshape(1, -1)
+        rows = np.ascontiguousarray(rows, np.float32)
+        scale = _best_scale(rows, spec, s_x, s_y, self.search)
+        bias = ir.optional_input(node, 2)
+        if bias is not None:
+            scale = _room_for_bias(scale, np.asarray(ir.array(bias), np.float64), s_x, s_y)
+        return QuantParams(spec, scale if axis is not None else scale.reshape(()), 0)
+
+
+def _best_scale(rows: F32, spec: QuantSpec, s_x: float, s_y: float | None, search: bool) -> F32:
+    """Scales, shape (channels,), of weights in rows, shape (channels, weights per channel)."""
+    largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny * 2.0**40)
+    full = _snapped(largest / spec.qmax, s_x, s_y)
+    if not search:
+        return full
+    candidates = int(np.clip(_BUDGET // max(rows.size, 1), 6, 80))
+    best, least = full, _error(rows, full, spec)
+    for fraction in np.linspace(1.2, 0.7, candidates):
+        scale = _snapped(largest / spec.qmax * fraction, s_x, s_y)
+        error = _error(rows, scale, spec)
+        better = error < least
+        best, least = np.where(better, scale, best), np.where(better, error, least)
+    return np.asarray(best, np.float32)
+
+
+def _snapped(wanted: NDArray[np.floating], s_x: float, s_y: float | None) -> F32:
+    if s_y is None:
+        return np.asarray(np.maximum(wanted, quant.MIN_SCALE), np.float32)
+    return quant.snap_weight_scale(wanted, s_x, s_y)
+
+
+def _error(rows: F32, scale: F32, spec: QuantSpec) -> F32:
+    """The sum of squared errors per channel."""
+    step = scale[:, None]
+    back = np.clip(np.rint(rows / step), spec.qmin, spec.qmax) * step
+    return np.asarray(np.square(rows - back).sum(axis=1), np.float32)
+
+
+def _room_for_bias(scale: F32, bias: NDArray[np.float64], s_x: float, s_y: float | None) -> F32:
+    """Widen scales where the int32 bias would take more than half of the accumulator."""
+    least = np.abs(bias).reshape(-1) / (s_x * 2.0**30)
+    least = np.broadcast_to(least, scale.shape) if scale.size > 1 else np.asarray([least.max()])
+    return np.asarray(np.where(scale < least, _snapped(least, s_x, s_y), scale), np.float32)

@@ -1,0 +1,56 @@
+"""The built-in targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qcompiler.ops import Lowering
+from qcompiler.quant import QuantSpec
+from qcompiler.target import Target
+
+_ALL = frozenset(Lowering) - {Lowering.NONE}
+
+_SLOW = "its uint8 kernel is slower than float, or there is none"
+
+ORT_CPU = Target(
+    name="ort-cpu",
+    description="ONNX Runtime on x86 with VNNI and on ARM: uint8 activations, int8 weights per channel",
+    activation=QuantSpec("uint8", 0, 255),
+    weight=QuantSpec("int8", -128, 127, symmetric=True),
+    lowerings=_ALL,
+    stays_float=dict.fromkeys(("Softmax", "ConvTranspose", "PRelu", "Where", "AveragePool"), _SLOW),
+    float_result=frozenset({"Gemm", "MatMul"}),
+    kernels=frozenset(
+        {
+            "QLinearConv",
+            "QLinearMatMul",
+            "com.microsoft.QGemm",
+            "com.microsoft.MatMulIntegerToFloat",
+            "com.microsoft.QLinearAdd",
+            "com.microsoft.QLinearMul",
+            "com.microsoft.QLinearConcat",
+            "com.microsoft.QLinearGlobalAveragePool",
+            "com.microsoft.QLinearSigmoid",
+            "com.microsoft.QLinearLeakyRelu",
+        }
+    ),
+    rewrites=frozenset({"QuickGelu", "channel-shuffle", "average-pool-as-conv"}),
+)
+
+ORT_CPU_AVX2 = replace(
+    ORT_CPU,
+    name="ort-cpu-avx2",
+    description="ONNX Runtime on older x86: 7-bit weights, because U8S8 products saturate at 16 bits there",
+    weight=QuantSpec("int8", -64, 63, symmetric=True),
+)
+
+INTEGER = Target(
+    name="integer",
+    description="integer-only accelerators: whatever can be is integer arithmetic in standard operators",
+    activation=QuantSpec("uint8", 0, 255),
+    weight=QuantSpec("int8", -128, 127, symmetric=True),
+    lowerings=_ALL,
+    rewrites=frozenset({"QuickGelu", "average-pool-as-conv"}),
+)
+
+TARGETS = (ORT_CPU, ORT_CPU_AVX2, INTEGER)
