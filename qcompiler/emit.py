@@ -1,0 +1,105 @@
+"""From a state to a file: metadata, checks, and a write that leaves either the whole model or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import onnx
+from onnx import external_data_helper
+
+from qcompiler import __version__, ir, runtime
+from qcompiler.errors import UserError
+from qcompiler.state import CompileState
+
+EXTERNAL_LIMIT = 1_800_000_000
+"""Bytes above which the data goes to a file beside the model; protobuf ends at 2 GiB."""
+
+
+class EmitError(Exception):
+    """The compiled model is not valid: a bug in a pass."""
+
+
+def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
+    """Export the state with the metadata of the float model and, under `qcompiler.`, what made this one.
+
+    `qcompiler.provenance` maps the nodes to the float layers that they came from; nodes that kept a layer's name are left out.
+    """
+    nodes = [n.name for n in state.graph.nodes]
+    origin = {name: list(state.origin[name]) for name in nodes if state.origin.get(name, (name,)) != (name,)}
+    made_by = {
+        "version": __version__,
+        "target": state.target.name,
+        "emit": state.phase.name.lower(),
+        **made_by,
+        "provenance": json.dumps(origin, separators=(",", ":")),
+    }
+    metadata = {**state.metadata, **{f"qcompiler.{key}": value for key, value in made_by.items()}}
+    model = ir.to_proto(state.graph, metadata)
+    model.producer_name, model.producer_version = "qcompiler", __version__
+    return model
+
+
+def check(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
+    """Raise EmitError unless the model is valid, loads in ONNX Runtime, and has the inputs and outputs of `source`."""
+    constants = {t.name for t in source.graph.initializer}
+    wanted = [_signature(v) for v in source.graph.input if v.name not in constants]
+    if [_signature(v) for v in model.graph.input] != wanted:
+        raise EmitError("the inputs of the compiled model differ from those of the float model")
+    if [_signature(v) for v in model.graph.output] != [_signature(v) for v in source.graph.output]:
+        raise EmitError("the outputs of the compiled model differ from those of the float model")
+    try:
+        onnx.checker.check_model(model)
+        runtime.session(model)
+    except Exception as error:
+        raise EmitError(f"the compiled model is not valid: {error}") from error
+
+
+def _signature(value: onnx.ValueInfoProto) -> tuple[str, int]:
+    return value.name, value.type.tensor_type.elem_type
+
+
+def check_path(path: Path, source: Path | None) -> None:
+    """Refuse, before the work begins, a path that cannot be written or that is the input."""
+    where = str(path)
+    try:
+        if path.is_dir():
+            raise UserError("the output is a folder; give a file name", where)
+        if source is not None and path.exists() and path.samefile(source):
+            raise UserError("the output would overwrite the input model", where)
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder", where)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"no permission to write in {folder}", where)
+    except OSError as error:
+        raise UserError(f"cannot write there: {error.strerror}", where) from error
+
+
+def write(model: onnx.ModelProto, path: Path, limit: int = EXTERNAL_LIMIT) -> None:
+    """Write the model; above `limit` bytes its data goes to `path` + `.data`. The same model gives the same bytes.
+
+    Both files are complete before they get their names, so that a failure leaves an older output as it was.
+    Raises UserError if the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".qcompiler-") as folder:
+            draft, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
+            if model.ByteSize() > limit:
+                model = _with_external_data(model, data)
+            draft.write_bytes(model.SerializeToString(deterministic=True))
+            for file in (data, draft) if data.exists() else (draft,):
+                file.replace(path.parent / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write the model: {error.strerror or error}", str(path)) from error
+
+
+def _with_external_data(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    external_data_helper.convert_model_to_external_data(copy, location=data.name)
+    external_data_helper.write_external_data_tensors(copy, str(data.parent))
+    return copy

@@ -1,0 +1,272 @@
+"""Read a model, and refuse with one clear line whatever cannot be compiled.
+
+A model is foreign input: its external data may point anywhere, its functions may call themselves, and a file of 200 bytes may
+ask for 40 GB. All of this is checked before anything is run.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper, inliner
+
+from qcompiler import functions, runtime
+from qcompiler.errors import UserError
+from qcompiler.samples import InputSpec
+
+MIN_OPSET = 7
+"""Older operators broadcast by attribute and consume their inputs."""
+
+MAX_ELEMENTS = 2**31
+"""No tensor of a model that runs on a CPU is as large; one that claims to be is a mistake or an attack."""
+
+MAX_BYTES = 2**31 - 1
+"""The limit of protobuf."""
+
+MAX_NESTING = 64
+"""How deeply model-local functions may call each other."""
+
+_MAGIC = {
+    b"version https://git-lfs": "a git-lfs pointer (run `git lfs pull`)",
+    b"\x1f\x8b": "gzip-compressed (unpack it first)",
+    b"PK\x03\x04": "a zip archive",
+    b"<": "a web page or XML",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+
+_QUANTIZED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulNBits",
+)
+
+
+def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """Return a checked model that holds all of its data, with its functions inlined; `source` itself is not changed.
+
+    Raises UserError if it is missing, damaged, already quantized, too old or new, or does not load in ONNX Runtime.
+    """
+    if isinstance(source, onnx.ModelProto):
+        where, model = "model", onnx.ModelProto()
+        model.CopyFrom(source)
+        _refuse_unloaded(model)
+    else:
+        where = str(source)
+        model = _parse(Path(source))
+        _load_external_data(model, Path(source))
+    _check_versions(model, where)
+    _refuse_quantized(model, where)
+    if model.functions:
+        _check_functions(model, where)
+    _check(model, where)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    _refuse_huge_tensors(model, where)
+    try:
+        runtime.session(model)
+    except Exception as error:
+        raise UserError(f"ONNX Runtime does not load the float model: {brief(error)}", where) from error
+    return model
+
+
+def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
+    """The inputs to feed: graph inputs that are not initializers. Raises UserError for one that is not a tensor."""
+    constants = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
+    specs = []
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        if not value.type.HasField("tensor_type"):
+            raise UserError("the input is not a tensor", f"input '{value.name}'")
+        kind = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        shape = tuple(_dimension(d) for d in kind.shape.dim) if kind.HasField("shape") else None
+        specs.append(InputSpec(value.name, dtype, shape))
+    return specs
+
+
+def _dimension(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value") and dim.dim_value >= 0:
+        return int(dim.dim_value)
+    return dim.dim_param or None
+
+
+def brief(error: Exception) -> str:
+    """The message of a foreign exception in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for mark in ("[ONNXRuntimeError] : ", "==> Context: "):
+        if mark in text:
+            text = text.partition(mark)[2] or text
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    data = _read(path)
+    if not data:
+        raise UserError("the file is empty", str(path))
+    for magic, kind in _MAGIC.items():
+        if data.startswith(magic):
+            raise UserError(f"not an ONNX model: the file is {kind}", str(path))
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise UserError("not an ONNX model, or cut short", str(path)) from error
+    if not model.graph.output:
+        raise UserError("not an ONNX model: there is no graph with outputs in it", str(path))
+    return model
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file. A pipe would block for ever, a device may never end."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError("the model is a folder; expected an .onnx file", str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("the model is not a regular file", str(path))
+        if status.st_size > MAX_BYTES:
+            raise UserError("the file is larger than 2 GB, the limit of ONNX files without external data", str(path))
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError("no such model file", str(path)) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the model: {getattr(error, 'strerror', None) or error}", str(path)) from error
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from _graphs(inner)
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that holds data: initializers and attributes, of subgraphs and functions too."""
+    graphs = list(_graphs(model.graph))
+    for graph in graphs:
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for node in (n for owner in (*graphs, *model.functions) for n in owner.node):
+        for attribute in node.attribute:
+            yield from attribute.tensors
+            if attribute.HasField("t"):
+                yield attribute.t
+
+
+def _refuse_unloaded(model: onnx.ModelProto) -> None:
+    for tensor in _tensors(model):
+        if external_data_helper.uses_external_data(tensor):
+            raise UserError(
+                "its data is in another file; load it, or give the model as a path", f"tensor '{tensor.name}'"
+            )
+
+
+def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Read external tensors from beside the model, and from nowhere else."""
+    total = model.ByteSize()
+    for tensor in _tensors(model):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        where = f"{path}: tensor '{tensor.name}'"
+        info = {entry.key: entry.value for entry in tensor.external_data}
+        file = _external_file(path, info.get("location", ""), where)
+        try:
+            size = file.stat().st_size
+            offset = int(info.get("offset") or 0)
+            length = int(info.get("length") or size - offset)
+        except ValueError:
+            raise UserError("the offset or length of its external data is not a number", where) from None
+        if offset < 0 or length < 0 or offset + length > size:
+            raise UserError(f"its external data lies outside the {size} bytes of {file.name}", where)
+        total += length
+        if total > MAX_BYTES:
+            raise UserError("the model and its external data are larger than 2 GB", str(path))
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            tensor.raw_data = stream.read(length)
+        tensor.ClearField("external_data")
+        tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def _external_file(model: Path, location: str, where: str) -> Path:
+    """The file at `location` in the model's folder; links that lead out of it are refused, hard links too."""
+    folder = model.parent.resolve()
+    try:
+        file = (folder / location).resolve()
+        inside = bool(location) and not Path(location).is_absolute() and file.is_relative_to(folder)
+        if not inside or file == folder:
+            raise UserError(f"its external data {location!r} is not a file in the model's folder", where)
+        status = file.stat()
+    except (OSError, ValueError):
+        raise UserError(f"its external data {location!r} cannot be read", where) from None
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise UserError(f"its external data {location!r} is not a regular file of its own", where)
+    return file
+
+
+def _check_versions(model: onnx.ModelProto, where: str) -> None:
+    if model.ir_version > onnx.IR_VERSION:
+        raise UserError(f"IR version {model.ir_version} is newer than the newest known, {onnx.IR_VERSION}", where)
+    versions = [d.version for d in model.opset_import if d.domain in ("", "ai.onnx")]
+    opset = max(versions, default=0)
+    if not versions:
+        raise UserError("the model does not import the ONNX operators (no opset)", where)
+    if opset < MIN_OPSET:
+        raise UserError(f"opset {opset} is too old: export with opset {MIN_OPSET} or newer", where)
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise UserError(f"opset {opset} is newer than the newest known, {newest}", where)
+
+
+def _refuse_quantized(model: onnx.ModelProto, where: str) -> None:
+    for owner in (*_graphs(model.graph), *model.functions):
+        for node in owner.node:
+            op = node.op_type
+            if op in _QUANTIZED or op.startswith(("QLinear", "QGemm", "QAttention")) or node.domain == functions.DOMAIN:
+                raise UserError(f"the model is already quantized ({op}); give the float model", where)
+
+
+def _check_functions(model: onnx.ModelProto, where: str) -> None:
+    """Refuse functions that call themselves, that nest deeply, or that inline to too many nodes."""
+    pending = {(f.domain, f.name): [(n.domain, n.op_type) for n in f.node] for f in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    for _ in range(MAX_NESTING):
+        ready = [key for key, calls in pending.items() if not any(call in pending for call in calls)]
+        for key in ready:
+            sizes[key] = sum(sizes.get(call, 1) for call in pending[key])
+        for key in ready:
+            del pending[key]
+    if pending:
+        raise UserError(f"function {next(iter(pending))[1]!r} calls itself, or calls nest too deeply", where)
+    if sum(sizes.get((n.domain, n.op_type), 1) for g in _graphs(model.graph) for n in g.node) > 1_000_000:
+        raise UserError("the model's functions inline to more than a million nodes", where)
+
+
+def _check(model: onnx.ModelProto, where: str) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise UserError(f"not a valid model: {brief(error)}", where) from error
+
+
+def _refuse_huge_tensors(model: onnx.ModelProto, where: str) -> None:
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # it only foresees trouble; ONNX Runtime has the last word
+        return
+    for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        elements = 1
+        for dim in value.type.tensor_type.shape.dim:
+            elements *= max(dim.dim_value, 1)
+        if elements > MAX_ELEMENTS:
+            raise UserError(f"tensor {value.name!r} would hold {elements:.1e} elements", where)

@@ -1,0 +1,55 @@
+"""Comparison of a compiled model with the float model: how near, how fast, which kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from qcompiler import runtime
+from qcompiler.report import OutputMatch, Report
+from qcompiler.state import Feeds
+
+
+def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
+    """Fill in what is measured on the held-back samples."""
+    report.outputs = compare(before, after, samples)
+
+
+def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> list[OutputMatch]:
+    """Compare every output on the samples: `SQNR = 10 log10(sum x**2 / sum (x - y)**2)` over all of them."""
+    names = [v.name for v in before.graph.output]
+    a, b = runtime.session(before), runtime.session(after)
+    totals = [_Total() for _ in names]
+    for feeds in samples:
+        for total, x, y in zip(totals, a.run(None, dict(feeds)), b.run(None, dict(feeds)), strict=True):
+            total.add(x, y)
+    return [OutputMatch(name, total.sqnr(), total.share()) for name, total in zip(names, totals, strict=True)]
+
+
+class _Total:
+    """Sums over samples; positions where the float model itself is not finite do not count."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+        self.equal = self.count = 0
+
+    def add(self, x: Any, y: Any) -> None:
+        if not isinstance(x, np.ndarray) or x.shape != y.shape:
+            return  # a sequence, or a shape that depends on the data
+        self.count += x.size
+        self.equal += int(np.count_nonzero(x == y))
+        if x.dtype.kind == "f":
+            finite = np.isfinite(x)
+            wide: NDArray[np.float64] = x[finite].astype(np.float64)
+            self.signal += float(np.sum(wide**2))
+            self.noise += float(np.sum((wide - y[finite]) ** 2))
+
+    def sqnr(self) -> float | None:
+        return round(10 * float(np.log10((self.signal + 1e-300) / self.noise)), 2) if self.noise else None
+
+    def share(self) -> float:
+        return self.equal / self.count if self.count else 1.0

@@ -1,0 +1,140 @@
+"""What the user learns about a compilation, as data and as a short summary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qcompiler.instrument import PassTime
+from qcompiler.state import CompileState
+
+MAX_GROUPS = 8
+"""How many reasons the summary shows; `-v` shows all."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of the float model; `reason` says why it stays float."""
+
+    name: str
+    op: str
+    quantized: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class OutputMatch:
+    """How near an output comes to the float model's: SQNR in dB (None if exact, or not float) and the share of equal elements."""
+
+    name: str
+    sqnr: float | None
+    equal: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median milliseconds of one inference, both models in one process, in turns."""
+
+    float_ms: float
+    int8_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the compiled model is."""
+        return self.float_ms / self.int8_ms if self.int8_ms else 0.0
+
+
+@dataclass
+class Report:
+    """The facts of one compilation. `emit`: the phase that was reached. `kernels`: operators that ONNX Runtime really runs.
+
+    `samples`, `held_back`: how many calibrated, and how many were compared; `bytes`: size of the float and the compiled model.
+    """
+
+    source: str
+    path: str | None
+    target: str
+    emit: str
+    pipeline: str
+    layers: list[Layer]
+    bytes: tuple[int, int]
+    samples: int = 0
+    held_back: int = 0
+    outputs: list[OutputMatch] = field(default_factory=list)
+    speed: Speed | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    passes: list[PassTime] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "quantized": sum(layer.quantized for layer in self.layers)}
+
+    def rows(self, verbose: bool = False) -> Iterator[tuple[str, str]]:
+        """The summary, as (what, value); `verbose` lists every layer and kernel."""
+        yield self.path or "compiled model", f"{self.emit} for {self.target}"
+        yield from _quantized(self.layers)
+        yield from _in_float(self.layers, verbose)
+        if self.outputs:
+            held = f"{self.held_back} held-back samples" if self.held_back > 1 else "1 sample"
+            shown = self.outputs if verbose else sorted(self.outputs, key=_badness)[:3]
+            worst = ", ".join(f"{_match(o)} {o.name}" for o in shown)
+            yield "accuracy", f"{worst} (SQNR, {held}; {self.samples} calibrated)"
+        before, after = self.bytes
+        yield "size", f"{_bytes(before)} -> {_bytes(after)} ({before / max(after, 1):.2f}x smaller)"
+        if self.speed:
+            a, b = self.speed.float_ms, self.speed.int8_ms
+            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({self.speed.ratio:.2f}x the float model's)"
+        if self.kernels and verbose:
+            yield "kernels", ", ".join(f"{op} {count}" for op, count in self.kernels.items())
+        for note in self.notes if verbose else self.notes[:MAX_GROUPS]:
+            yield "note", note
+
+
+def layers_of(state: CompileState, operators: dict[str, str]) -> list[Layer]:
+    """The blocks as layers; `operators` gives the operator type of their roots."""
+    return [Layer(b.root, operators.get(b.root, "?"), b.quantized, b.reason) for b in state.blocks.values()]
+
+
+def _quantized(layers: list[Layer]) -> Iterator[tuple[str, str]]:
+    done = Counter(layer.op for layer in layers if layer.quantized)
+    total = Counter(layer.op for layer in layers)
+    if done:
+        yield "quantized", ", ".join(f"{op} {n}/{total[op]}" for op, n in done.most_common())
+    else:
+        yield "quantized", "nothing: the model stays float" if layers else "nothing yet: the pipeline stops before"
+
+
+def _in_float(layers: list[Layer], verbose: bool) -> Iterator[tuple[str, str]]:
+    left = [layer for layer in layers if not layer.quantized]
+    if verbose:
+        yield from (("in float", f"{layer.op} {layer.name}: {layer.reason}") for layer in left)
+        return
+    groups = Counter((layer.op, _generic(layer.reason)) for layer in left).most_common()
+    for (op, reason), count in groups[:MAX_GROUPS]:
+        yield "in float", f"{count} x {op}: {reason}"
+    if len(groups) > MAX_GROUPS:
+        rest = sum(count for _, count in groups[MAX_GROUPS:])
+        yield "in float", f"{rest} more, for {len(groups) - MAX_GROUPS} other reasons (-v lists all)"
+
+
+def _generic(reason: str) -> str:
+    """A reason without the names that it quotes, so that like reasons fall together."""
+    parts = reason.split("'")
+    return "".join(parts[::2]).replace("  ", " ") if len(parts) % 2 else reason
+
+
+def _badness(output: OutputMatch) -> float:
+    return output.sqnr if output.sqnr is not None else 1e3 * output.equal
+
+
+def _match(output: OutputMatch) -> str:
+    if output.sqnr is not None:
+        return f"{output.sqnr:.1f} dB"
+    return "exact" if output.equal == 1 else f"{output.equal:.1%} equal"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
