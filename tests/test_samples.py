@@ -147,6 +147,9 @@ def test_different_batch_symbols_with_different_sizes_are_one_sample():
 def test_different_sizes_of_one_batch_are_refused():
     with pytest.raises(UserError, match="different numbers of samples: 'ids' 6, 'mask' 5"):
         count(ids, {"ids": header(6, 9, dtype=I64), "mask": header(5, 9, dtype=I64)})
+    fixed = [spec(4, 8), spec(4, 8, name="y"), spec("T", name="z")]
+    with pytest.raises(UserError, match="different numbers of samples: 'x' 4, 'y' 8"):
+        count(fixed, {"x": header(4, 8), "y": header(8, 8), "z": header(3)})
 
 
 def test_keys_of_one_input():
