@@ -140,7 +140,7 @@ def cut(
     counts = {name: shape[0] for name, shape in shapes.items() if shape[0] > 1}
     heads = {spec.name: tuple(arrays[keys[spec.name]].shape) for spec in inputs}
     if len(set(counts.values())) > 1 or _batch_elsewhere(heads, inputs, batch, counts):
-        if batch.size > 1 or not _one_feed(heads, inputs):
+        if not _one_feed(heads, inputs):
             sizes = ", ".join(f"'{name}' {count}" for name, count in counts.items())
             raise UserError(f"the inputs hold different numbers of samples: {sizes}", where)
         counts, shapes = {}, {name: (1, *shape) for name, shape in heads.items()}
