@@ -1,0 +1,151 @@
+"""The one door to onnxruntime: sessions, runs, which kernels really run, and how fast.
+
+All sessions are silent, on the CPU provider, and deterministic; one thread unless asked for more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import external_data_helper
+
+from qcompiler.errors import UserError
+
+Feeds = Mapping[str, NDArray[Any]]
+Session = ort.InferenceSession
+
+IN_MEMORY_LIMIT = 1_800_000_000
+"""Bytes above which a model goes through a file; protobuf ends at 2 GiB."""
+
+_FATAL_ONLY = 4
+
+
+def session(
+    model: onnx.ModelProto | bytes | Path,
+    *,
+    optimize: bool = True,
+    threads: int = 1,
+    low_memory: bool = False,
+    optimized: Path | None = None,
+    profile: Path | None = None,
+) -> Session:
+    """Make a session.
+
+    `optimize`: all graph optimizations, or none. `threads`: of one operator; 0 means all cores. `low_memory`: run each node as
+    soon as it can, so that reductions free their inputs early. `optimized`: where to write the graph that really runs, its
+    constants beside it. `profile`: prefix of a trace file.
+    Raises RuntimeError, with ONNX Runtime's message, for a model that it does not load.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.use_deterministic_compute = True
+    options.intra_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if low_memory:
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
+        )
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if isinstance(model, onnx.ModelProto):
+        if model.ByteSize() > IN_MEMORY_LIMIT:
+            return _through_file(model, options)
+        model = model.SerializeToString()
+    return _open(model, options)
+
+
+def _open(model: bytes | Path, options: Any) -> Session:
+    try:
+        source = str(model) if isinstance(model, Path) else model
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime does not load the model: {_message(error)}") from error
+
+
+def _through_file(model: onnx.ModelProto, options: Any) -> Session:
+    """A session on a copy with external data; ONNX Runtime keeps the files open after they lose their names."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        external_data_helper.convert_model_to_external_data(copy, location="weights")
+        external_data_helper.write_external_data_tensors(copy, folder)
+        path = Path(folder, "model.onnx")
+        path.write_bytes(copy.SerializeToString())
+        del copy
+        return _open(path, options)
+
+
+def run(runner: Session, feeds: Feeds) -> list[Any]:
+    """Run a session and return all outputs, in order.
+
+    Raises UserError if the feeds have the wrong names, types or shapes, RuntimeError if an operator fails.
+    """
+    try:
+        return list(runner.run(None, dict(feeds)))
+    except (ort.capi.onnxruntime_pybind11_state.InvalidArgument, ValueError) as error:
+        raise UserError(f"the model does not take these inputs: {_message(error)}") from error
+    except Exception as error:
+        raise RuntimeError(f"ONNX Runtime does not run the model: {_message(error)}") from error
+
+
+def _message(error: Exception) -> str:
+    """The readable part of `[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : …`, on one line."""
+    return " ".join(str(error).split(" : ", 3)[-1].split())
+
+
+def optimized(model: onnx.ModelProto | bytes | Path) -> onnx.ModelProto:
+    """The graph that ONNX Runtime makes of a model on this machine, without its large constants."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        path = Path(folder, "optimized.onnx")
+        session(model, optimized=path)
+        return onnx.load(path, load_external_data=False)
+
+
+def optimized_ops(model: onnx.ModelProto | bytes | Path) -> Counter[str]:
+    """How often each kernel (`Op`, or `domain.Op`) occurs in what really runs, subgraphs included."""
+    nodes = _nodes(optimized(model).graph)
+    return Counter(f"{n.domain}.{n.op_type}" if n.domain not in {"", "ai.onnx"} else n.op_type for n in nodes)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def race(a: Session, b: Session, feeds: Feeds, seconds: float = 2.0) -> tuple[float, float]:
+    """Median CPU seconds of one run of `a` and of `b`, taken in turns for about `seconds` of wall time.
+
+    CPU time of the calling thread, hence for sessions with one thread: other load on the machine then hardly counts.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    runs = [lambda s=s: s.run(None, feeds) for s in (a, b)]
+    for warm_up in runs:
+        warm_up()
+    end = time.perf_counter() + seconds
+    while not times[0] or time.perf_counter() < end:
+        for which in (0, 1, 1, 0):  # so that neither is always the one whose data is still in the cache
+            times[which].append(_timed(runs[which]))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
