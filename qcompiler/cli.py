@@ -54,31 +54,23 @@ def cli() -> None:
     """
 
 
-class NumbersType(click.ParamType):
-    """One number, or several with commas between them."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parse `0.485,0.456,0.406`."""
-        try:
-            return value if isinstance(value, tuple) else tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
+def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    """Parse `0.485,0.456,0.406`."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 0.485,0.456,0.406") from None
 
 
-class SizeType(click.ParamType):
-    """A length, or height x width."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parse `224` or `240x320`."""
-        try:
-            parts = value if isinstance(value, tuple) else tuple(int(part) for part in str(value).lower().split("x"))
-            return parts[0], parts[-1] if len(parts) <= 2 else int("")
-        except ValueError:
-            self.fail(f"{value!r} is not a size such as 224 or 240x320 (height x width)", param, ctx)
+def _size(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """Parse `224` or `240x320`."""
+    try:
+        parts = [] if text is None else [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        parts = [0, 0, 0]
+    if len(parts) > 2:
+        raise click.BadParameter(f"{text!r} is not a size such as 224 or 240x320 (height x width)")
+    return (parts[0], parts[-1]) if parts else None
 
 
 _PATH = click.Path(path_type=Path)
@@ -107,9 +99,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--load", multiple=True, type=_PATH, metavar="FILE.py", help="A plug-in file for this run; repeatable.")
 @click.option("--preset", help="Image preprocessing: unit, raw, inception, imagenet or imagenet-tf.")
 @click.option("--resize", type=click.IntRange(min=1), help="Scale images so that the short side has this length.")
-@click.option("--crop", type=SizeType(), help="Cut this size from the centre.  [default: the model's]")
-@click.option("--mean", type=NumbersType(), help="Subtract this, for all channels or each.")
-@click.option("--std", type=NumbersType(), help="Divide by this, after the mean.")
+@click.option("--crop", callback=_size, metavar="SIZE", help="Cut this size from the centre.  [default: the model's]")
+@click.option("--mean", callback=_numbers, metavar="NUMBERS", help="Subtract this, for all channels or each.")
+@click.option("--std", callback=_numbers, metavar="NUMBERS", help="Divide by this, after the mean.")
 @click.option("--scale", type=float, help="Multiply pixels 0..255 by this, before the mean.")
 @click.option("--bgr/--rgb", default=None, help="The order of the channels.")
 @click.option("--layout", type=click.Choice(["auto", "NCHW", "NHWC"]), help="The order of the axes.  [default: auto]")
@@ -161,7 +153,8 @@ def passes_command(load: Sequence[Path]) -> None:
 
     registry = load_registry(load)
     for name, kind in sorted(registry.passes.items()):
-        click.echo(f"{name:20} {(kind.__doc__ or '').strip().splitlines()[0]}")
+        sentence = " ".join((kind.__doc__ or "").split()).partition(". ")[0].rstrip(".")
+        click.echo(f"{name:20} {sentence}")
     for name, text in sorted(registry.pipelines.items()):
         click.echo(f"\npipeline {name}:\n  {text}")
 

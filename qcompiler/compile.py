@@ -10,11 +10,12 @@ from typing import Any
 import onnx
 
 from qcompiler import emit as emitter
-from qcompiler import ir, measure
+from qcompiler import ir
 from qcompiler.data import Preprocess, Source, as_source
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Operators, Timing, Verify
+from qcompiler.instrument import Dump, Operators, Timing, Verify, silence_graphsurgeon
 from qcompiler.load import input_specs, load_model
+from qcompiler.measure import measure
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.report import Report, layers_of
@@ -71,17 +72,19 @@ def compile_model(
 
     Raises UserError for whatever the caller can mend.
     """
+    silence_graphsurgeon()
+    source = None if isinstance(model, onnx.ModelProto) else Path(model)
+    target_path = None if output is None else Path(output)
     registry = load_registry(Path(p) for p in load)
     chosen = _target(registry, target, per_tensor)
     pipeline = _pipeline(registry, emit, passes, until, collector)
-    source_path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    if output is not None:
-        emitter.check_path(Path(output), source_path)
+    if target_path is not None:
+        emitter.check_path(target_path, source)
     float_model = load_model(model)
-    data = None if calib is None else as_source(calib, input_specs(float_model), preprocess, samples)
-    split = None if data is None else Split(data)
+    split = None if calib is None else Split(as_source(calib, input_specs(float_model), preprocess, samples))
     if split is None and any(p.name == "calibrate" for p in pipeline.passes):
         raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
+
     state = CompileState(
         ir.from_proto(float_model),
         chosen,
@@ -97,12 +100,12 @@ def compile_model(
     instruments += [Verify()] if verify else []
     pipeline.run(state, instruments)
 
-    made_by = {"pipeline": str(pipeline)} | ({} if data is None else {"calibration": data.digest()})
+    made_by = {"pipeline": str(pipeline)} | ({} if split is None else {"calibration": split.source.digest()})
     compiled = emitter.to_model(state, made_by)
     emitter.check(compiled, float_model)
     report = Report(
-        source="model" if source_path is None else str(source_path),
-        path=None if output is None else str(output),
+        source=str(source or float_model.graph.name),
+        path=None if target_path is None else str(target_path),
         target=chosen.name,
         emit=state.phase.name.lower(),
         pipeline=str(pipeline),
@@ -112,14 +115,18 @@ def compile_model(
         passes=timing.passes,
     )
     if split is not None:
-        report.samples, report.held_back = len(split), len(split.held_back)
-        if split.shared:
-            report.notes.append("the only sample served for calibration and for comparison")
+        _describe_samples(report, split)
         if compare:
-            measure.measure(report, float_model, compiled, split.held_back)
-    if output is not None:
-        emitter.write(compiled, Path(output))
-    return CompileResult(compiled, report, None if output is None else Path(output))
+            measure(report, float_model, compiled, split.held_back)
+    if target_path is not None:
+        emitter.write(compiled, target_path)
+    return CompileResult(compiled, report, target_path)
+
+
+def _describe_samples(report: Report, split: Split) -> None:
+    report.samples, report.held_back = len(split), len(split.held_back)
+    if split.shared:
+        report.notes.append("the only sample serves both calibration and comparison: give more")
 
 
 @dataclass

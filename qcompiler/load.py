@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import external_data_helper, inliner
 
 from qcompiler import functions, runtime
@@ -116,8 +115,8 @@ def _parse(path: Path) -> onnx.ModelProto:
         if data.startswith(magic):
             raise UserError(f"not an ONNX model: the file is {kind}", str(path))
     try:
-        model = onnx.ModelProto.FromString(data)
-    except DecodeError as error:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's DecodeError, but also plain ValueErrors
         raise UserError("not an ONNX model, or cut short", str(path)) from error
     if not model.graph.output:
         raise UserError("not an ONNX model: there is no graph with outputs in it", str(path))

@@ -7,25 +7,30 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from qcompiler import runtime
-from qcompiler.report import OutputMatch, Report
+from qcompiler.report import OutputMatch, Report, Speed
+from qcompiler.runtime import Session
 from qcompiler.state import Feeds
+
+RACE_SECONDS = 0.8
 
 
 def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
-    """Fill in what is measured on the held-back samples."""
-    report.outputs = compare(before, after, samples)
-
-
-def compare(before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> list[OutputMatch]:
-    """Compare every output on the samples: `SQNR = 10 log10(sum x**2 / sum (x - y)**2)` over all of them."""
-    names = [v.name for v in before.graph.output]
+    """Fill in the outputs, the speed and the kernels of a report; `samples` were held back from calibration."""
     a, b = runtime.session(before), runtime.session(after)
+    report.outputs = compare(a, b, samples)
+    seconds = runtime.race(a, b, dict(samples[0]), RACE_SECONDS)
+    report.speed = Speed(*(round(1e3 * s, 4) for s in seconds))
+    report.kernels = dict(runtime.optimized_ops(after).most_common())
+
+
+def compare(before: Session, after: Session, samples: Sequence[Feeds]) -> list[OutputMatch]:
+    """Compare every output on the samples: `SQNR = 10 log10(sum x**2 / sum (x - y)**2)` over all of them."""
+    names = [output.name for output in before.get_outputs()]
     totals = [_Total() for _ in names]
     for feeds in samples:
-        for total, x, y in zip(totals, a.run(None, dict(feeds)), b.run(None, dict(feeds)), strict=True):
+        for total, x, y in zip(totals, runtime.run(before, feeds), runtime.run(after, feeds), strict=True):
             total.add(x, y)
     return [OutputMatch(name, total.sqnr(), total.share()) for name, total in zip(names, totals, strict=True)]
 
@@ -44,7 +49,7 @@ class _Total:
         self.equal += int(np.count_nonzero(x == y))
         if x.dtype.kind == "f":
             finite = np.isfinite(x)
-            wide: NDArray[np.float64] = x[finite].astype(np.float64)
+            wide = x[finite].astype(np.float64)
             self.signal += float(np.sum(wide**2))
             self.noise += float(np.sum((wide - y[finite]) ** 2))
 
@@ -52,4 +57,4 @@ class _Total:
         return round(10 * float(np.log10((self.signal + 1e-300) / self.noise)), 2) if self.noise else None
 
     def share(self) -> float:
-        return self.equal / self.count if self.count else 1.0
+        return round(self.equal / self.count, 6) if self.count else 1.0

@@ -1,0 +1,7 @@
+"""The part of onnx-graphsurgeon's logger that qcompiler uses."""
+
+class Logger:
+    CRITICAL: int
+    severity: int
+
+G_LOGGER: Logger
