@@ -4,10 +4,15 @@ from qcompiler.plugin import Plugin
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.cleanup import Cleanup
+from qcompiler_passes.fold_batchnorm import FoldBatchnorm
+from qcompiler_passes.fold_bias import FoldBias
+from qcompiler_passes.fold_pad import FoldPad
 from qcompiler_passes.fold_scales import FoldScales
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.lower_integer import LowerInteger
+from qcompiler_passes.normalize import Normalize
+from qcompiler_passes.normalize_gemm import NormalizeGemm
 from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.select_kernels import SelectKernels
 from qcompiler_passes.targets import TARGETS
@@ -24,10 +29,15 @@ PLUGIN = Plugin(
         AlignScales,
         Annotate,
         Cleanup,
+        FoldBatchnorm,
+        FoldBias,
+        FoldPad,
         FoldScales,
         FormBlocks,
         InsertQdq,
         LowerInteger,
+        Normalize,
+        NormalizeGemm,
         ScaleWeights,
         SelectKernels,
     ),
