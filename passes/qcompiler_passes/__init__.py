@@ -13,6 +13,8 @@ from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.lower_integer import LowerInteger
 from qcompiler_passes.normalize import Normalize
 from qcompiler_passes.normalize_gemm import NormalizeGemm
+from qcompiler_passes.normalize_pooling import NormalizePooling
+from qcompiler_passes.recompose import Recompose
 from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.select_kernels import SelectKernels
 from qcompiler_passes.targets import TARGETS
@@ -38,6 +40,8 @@ PLUGIN = Plugin(
         LowerInteger,
         Normalize,
         NormalizeGemm,
+        NormalizePooling,
+        Recompose,
         ScaleWeights,
         SelectKernels,
     ),
