@@ -220,6 +220,56 @@ def drop_dead_nodes(graph: Graph) -> list[Node]:
     return dead
 
 
+def submodel(inputs: Iterable[Tensor], outputs: Iterable[Tensor], opset: int) -> onnx.ModelProto:
+    """A model of copies of the nodes that lead from `inputs` to `outputs`, of any size; constants come along.
+
+    Raises ValueError if an output also depends on a tensor that is neither an input nor a constant.
+    """
+    given, wanted = list(inputs), list(outputs)
+    nodes = list(reversed(_nodes_between(given, wanted)))
+    made: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            known = value(tensor)
+            rank = None if tensor.shape is None else [None] * len(tensor.shape)
+            made[id(tensor)] = (
+                Variable(tensor.name, tensor.dtype, rank) if known is None else Constant(tensor.name, known)
+            )
+        return made[id(tensor)]
+
+    copies = [
+        Node(n.op, n.name, dict(n.attrs), [copy(t) for t in n.inputs], [copy(t) for t in n.outputs], n.domain)
+        for n in nodes
+    ]
+    return to_proto(Graph(copies, [copy(t) for t in given], [copy(t) for t in wanted], name="submodel", opset=opset))
+
+
+def _nodes_between(given: list[Tensor], wanted: list[Tensor]) -> list[Node]:
+    """The nodes that the wanted tensors need, consumers first."""
+    known = {id(t) for t in given}
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack: list[tuple[Node, bool]] = [(n, False) for t in wanted if id(t) not in known for n in t.inputs]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+            continue
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        stack.append((node, True))
+        for tensor in (*node.inputs, *captures(node)):
+            if id(tensor) in known or is_constant(tensor) or tensor.is_empty():
+                continue
+            maker = producer(tensor)
+            if maker is None:
+                raise ValueError(f"tensor {tensor.name!r} is neither given nor constant")
+            stack.append((maker, False))
+    return order[::-1]
+
+
 def tensors(graph: Graph) -> Iterator[Tensor]:
     """Every tensor of this graph level, once, in order of appearance."""
     seen: set[int] = set()

@@ -53,7 +53,8 @@ class CompileState:
 
     `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
     shares. `params`: tensor -> what it got (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table
-    node -> the float model that filled it. `origin`: node -> the float layers that it came from. `keep_float`: patterns of
+    node -> the float model that filled it. `origin`: node -> the float layers that it came from. `corrected`: layers whose bias holds a
+    correction. `keep_float`: patterns of
     node and output names that the user keeps in float. `calibration`: the samples; `collector`: how ranges are measured.
     """
 
@@ -67,6 +68,7 @@ class CompileState:
     params: dict[str, QuantParams] = field(default_factory=dict)
     tables: dict[str, bytes] = field(default_factory=dict)
     origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    corrected: set[str] = field(default_factory=set)
     keep_float: tuple[str, ...] = ()
     calibration: Iterable[Feeds] | None = None
     progress: Any = None

@@ -4,6 +4,7 @@ from qcompiler.plugin import Plugin
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.cleanup import Cleanup
+from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
 from qcompiler_passes.fold_bias import FoldBias
 from qcompiler_passes.fold_pad import FoldPad
@@ -21,7 +22,7 @@ from qcompiler_passes.targets import TARGETS
 
 DEFAULT_PIPELINE = (
     "normalize,fold-constants,recompose,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-pooling,normalize-gemm,"
-    "fold-constants,form-blocks,annotate,calibrate,align-scales,scale-weights,insert-qdq,lower-integer,fold-scales,"
+    "fold-constants,form-blocks,annotate,calibrate,align-scales,scale-weights,correct-bias,insert-qdq,lower-integer,fold-scales,"
     "select-kernels,cleanup"
 )
 
@@ -31,6 +32,7 @@ PLUGIN = Plugin(
         AlignScales,
         Annotate,
         Cleanup,
+        CorrectBias,
         FoldBatchnorm,
         FoldBias,
         FoldPad,

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import onnx
-from qcompiler.runtime import run, session
 
 from qcompiler import functions, ir, quant
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import QuantParams
 from qcompiler.rewrite import Refusal, Rewriter
+from qcompiler.runtime import run, session
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.align_scales import mean_factor, spatial_size
 from qcompiler_passes.form_blocks import activation_bounds
@@ -200,48 +199,29 @@ def _fold_table(rewriter: Rewriter, node: Node) -> Refusal | None:
     constants = [t for t in node.inputs[1:] if not t.is_empty()]
     if not all(ir.is_constant(t) for t in constants):
         return Refusal("an operand is not a constant", node.name)
-    dq = dequantized(node.inputs[0])
-    assert dq is not None
-    _table(rewriter, node, [dq, node, q], integers[0], params[0], q.outputs[0])
+    _table(rewriter, node, integers[0], params[0], q.outputs[0])
     rewriter.remove(q)
     rewriter.remove(node)
     return None
 
 
-def _table(rewriter: Rewriter, node: Node, chain: list[Node], x: Tensor, params: QuantParams, result: Tensor) -> None:
-    """x -> Table -> result, filled by running the float nodes of `chain` on every integer."""
-    model = _chain_model(rewriter, chain, x, result)
+def _table(rewriter: Rewriter, node: Node, x: Tensor, params: QuantParams, result: Tensor) -> None:
+    """x -> Table -> result, filled by running what is between them on every integer."""
+    model = ir.submodel([x], [result], rewriter.graph.opset)
     info = np.iinfo(params.spec.dtype)
     patterns = np.arange(info.min, info.max + 1).astype(params.spec.dtype)
     order = np.argsort(patterns.view(np.uint8))
-    [filled] = run(session(model), {x.name: patterns[order].reshape(1, 1, 16, 16)})
+    [filled] = run(session(model), {x.name: patterns[order].reshape(_table_shape(x))})
     inputs = [x, rewriter.constant(f"{node.name}_table", filled.reshape(-1))]
     made = rewriter.node("Table", inputs, origin=node, hint=f"{node.name}_table", domain=functions.DOMAIN)
     rewriter.take_output(made, result)
     rewriter.state.tables[made.name] = model.SerializeToString(deterministic=True)
 
 
-def _chain_model(rewriter: Rewriter, chain: list[Node], x: Tensor, result: Tensor) -> onnx.ModelProto:
-    """A model of a few nodes from tensor x to tensor result; the nodes are copied."""
-    made: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        if tensor.is_empty():
-            return ir.Variable.empty()
-        if id(tensor) not in made:
-            array = ir.value(tensor)
-            rank = [None] * 4 if tensor is x or tensor is result else None
-            made[id(tensor)] = (
-                ir.Variable(tensor.name, tensor.dtype, rank) if array is None else ir.Constant(tensor.name, array)
-            )
-        return made[id(tensor)]
-
-    nodes = [
-        ir.Node(n.op, n.name, dict(n.attrs), [copy(t) for t in n.inputs], [copy(t) for t in n.outputs], n.domain)
-        for n in chain
-    ]
-    graph = ir.Graph(nodes, [copy(x)], [copy(result)], name="table", opset=rewriter.graph.opset)
-    return ir.to_proto(graph)
+def _table_shape(x: Tensor) -> tuple[int, ...]:
+    """A shape of 256 elements with the rank of the tensor."""
+    rank = len(ir.shape(x) or (1,))
+    return (*([1] * (rank - 1)), 256) if rank else (256,)
 
 
 def _fold_concat(rewriter: Rewriter, node: Node) -> Refusal | None:
@@ -258,7 +238,7 @@ def _fold_concat(rewriter: Rewriter, node: Node) -> Refusal | None:
         assert dq is not None
         scaled = rewriter.variable(f"{x.name}_scaled", np.dtype(result.spec.dtype), x.shape)
         twin = ir.Node("QuantizeLinear", f"{node.name}_requantize", {}, [dq.outputs[0], *q.inputs[1:]], [scaled])
-        _table(rewriter, node, [dq, twin], x, p, scaled)
+        _table(rewriter, node, x, p, scaled)
         ir.detach(twin)
         rewriter.state.params[scaled.name] = result
         parts.append(scaled)
