@@ -9,9 +9,9 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 import onnxruntime as ort
@@ -21,7 +21,7 @@ from onnx import external_data_helper
 from qcompiler.errors import UserError
 
 Feeds = Mapping[str, NDArray[Any]]
-Session = ort.InferenceSession
+Session: TypeAlias = ort.InferenceSession
 
 IN_MEMORY_LIMIT = 1_800_000_000
 """Bytes above which a model goes through a file; protobuf ends at 2 GiB."""
@@ -135,17 +135,17 @@ def race(a: Session, b: Session, feeds: Feeds, seconds: float = 2.0) -> tuple[fl
     CPU time of the calling thread, hence for sessions with one thread: other load on the machine then hardly counts.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    runs = [lambda s=s: s.run(None, feeds) for s in (a, b)]
-    for warm_up in runs:
-        warm_up()
+    runners = (a, b)
+    for runner in runners:
+        _cpu_seconds(runner, feeds)
     end = time.perf_counter() + seconds
     while not times[0] or time.perf_counter() < end:
         for which in (0, 1, 1, 0):  # so that neither is always the one whose data is still in the cache
-            times[which].append(_timed(runs[which]))
+            times[which].append(_cpu_seconds(runners[which], feeds))
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _cpu_seconds(runner: Session, feeds: Feeds) -> float:
     start = time.thread_time()
-    call()
+    runner.run(None, feeds)
     return time.thread_time() - start
