@@ -484,3 +484,9 @@ def test_not_channel_shuffle(shape: str, first: list[int], perm: list[int], last
     body = f"a = Reshape(x, first) b = Transpose<perm = {perm}>(a) y = Reshape(b, last)"
     found = _refusals(_model(body, shape, first=np.array(first), last=np.array(last)))
     assert found == {"n2": "it is not a choice of whole channels: n0"}
+
+
+def test_split_channel_shuffle_with_another_reader_stays() -> None:
+    shapes = {"first": np.array([3, 2, 20]), "last": np.array([2, -1, 3, 4, 5]), "i0": np.array(0), "i1": np.array(1)}
+    found = _refusals(_model(PARTS + "Sum(l, r, c)", "1,6,4,5", **shapes))
+    assert found["n3"] == "something else reads the shuffled tensor: n2"
