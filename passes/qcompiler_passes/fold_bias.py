@@ -1,0 +1,107 @@
+"""fold-bias: additions of and multiplications by constants become part of the weights next to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler import ir
+from qcompiler.ir import Node, Tensor
+from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
+from qcompiler.state import CompileState, Phase
+from qcompiler_passes.affine import Affine, Array, chains
+from qcompiler_passes.linear import fold, fold_into_consumers
+
+_MAX_SPREAD = 2.0
+"""How far scales may differ between channels that get one common range when the scales move behind a shift."""
+
+
+@dataclass(frozen=True)
+class FoldBias:
+    """Fold Add, Sub, Mul, Div with float constants into the Conv, ConvTranspose, Gemm or MatMul before or after them.
+
+    What cannot fold becomes as few Add and Mul as possible; those that do nothing go. An Add after a MatMul stays: it is the
+    bias that normalize-gemm looks for.
+    """
+
+    name: ClassVar[str] = "fold-bias"
+    requires: ClassVar[Phase] = Phase.FLOAT
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state: CompileState) -> int:
+        """Return the number of nodes, or chains of nodes, that changed."""
+        rules: dict[str, Rule] = dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow"), _fold_bias)
+        return apply_rules(Rewriter(state), rules)
+
+
+def _fold_bias(rewriter: Rewriter, node: Node) -> Refusal | None:
+    found = chains(rewriter, node)
+    if isinstance(found, Refusal):
+        return found
+    last = found[-1]
+    if not last.scales and not last.shifts and last.keeps_shape and rewriter.bypass(node):
+        return None
+    refusal: Refusal | None = Refusal("it is the bias of a MatMul; normalize-gemm makes them a Gemm", node.name)
+    if not _is_matmul_bias(found[0]):
+        refusal = fold(rewriter, found)
+        if refusal is None or _fold_scale(rewriter, found[0]) is None:
+            return None
+    return None if _simplify(rewriter, found) else refusal
+
+
+def _is_matmul_bias(chain: Affine) -> bool:
+    producer = ir.producer(chain.source)
+    if producer is None or producer.op != "MatMul" or len(chain.nodes) > 1 or chain.scales:
+        return False
+    weight = ir.value(producer.inputs[1])
+    return weight is not None and weight.ndim == 2
+
+
+def _fold_scale(rewriter: Rewriter, chain: Affine) -> Refusal | None:
+    """Before a Conv that pads, turn `x * a + b` into `x + b / a` and fold the `a`; the Conv pads with zeros as before."""
+    size = np.abs(chain.scale)
+    if len(chain.nodes) < 2 or not chain.shifts or not chain.scales or size.max() > _MAX_SPREAD * size.min():
+        return Refusal("no scale to fold alone", chain.nodes[-1].name)
+    readers = rewriter.users(chain.result)
+    refusal = fold_into_consumers(rewriter, replace(chain, shift=np.zeros(())))
+    if refusal is None:
+        add = _emit(rewriter, "Add", chain.source, chain.shift / chain.scale, chain)
+        for reader in readers:
+            rewriter.set_input(reader, 0, add)
+    return refusal
+
+
+def _simplify(rewriter: Rewriter, found: Sequence[Affine]) -> bool:
+    """Replace the longest chain that Mul and Add express with fewer nodes, or with these instead of Sub and Div."""
+    for chain in found:
+        count = max(1, chain.scales + chain.shifts)
+        cost = len(chain.nodes) + 0.5 * sum(n.op in ("Sub", "Div") for n in chain.nodes)
+        if count >= cost or not all(_fits(a, chain.dtype) for a in (chain.scale, chain.shift)):
+            continue
+        tensor, result = chain.source, chain.result
+        if chain.scales:
+            scale = chain.scale if chain.shifts else np.broadcast_to(chain.scale, chain.shape)
+            tensor = _emit(rewriter, "Mul", tensor, scale, chain)
+        if chain.shifts or not chain.scales:
+            tensor = _emit(rewriter, "Add", tensor, np.broadcast_to(chain.shift, chain.shape), chain)
+        writer = ir.producer(tensor)
+        assert writer is not None
+        rewriter.take_output(writer, result)
+        for node in chain.nodes:
+            rewriter.remove(node)
+        return True
+    return False
+
+
+def _fits(array: Array, dtype: np.dtype[Any]) -> bool:
+    return bool((np.abs(array) <= np.finfo(dtype).max).all())
+
+
+def _emit(rewriter: Rewriter, op: str, source: Tensor, constant: NDArray[Any], chain: Affine) -> Tensor:
+    hint = chain.nodes[-1].name
+    operand = rewriter.constant(f"{hint}_{op.lower()}", constant.astype(chain.dtype))
+    return rewriter.node(op, [source, operand], origin=chain.nodes, hint=hint).outputs[0]
