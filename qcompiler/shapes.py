@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,13 +62,14 @@ def _graph_proto(graph: Graph, outer: set[str]) -> onnx.GraphProto:
     proto = onnx.GraphProto(name=graph.name or "graph")
     proto.input.extend(_value_info(t) for t in graph.inputs)
     proto.output.extend(_value_info(t, dims=False) for t in graph.outputs)
-    for tensor in ir.tensors(graph):
+    tensors = list(ir.tensors(graph))
+    for tensor in tensors:
         if ir.is_constant(tensor) and tensor.name not in outer:
-            if np.prod(tensor.shape) <= SMALL and np.dtype(tensor.dtype).kind in "iufb":
+            if math.prod(tensor.shape) <= SMALL and np.dtype(tensor.dtype).kind in "iufb":
                 proto.initializer.append(numpy_helper.from_array(np.asarray(ir.value(tensor)), tensor.name))
             else:
                 proto.value_info.append(_value_info(tensor))
-    visible = outer | {t.name for t in ir.tensors(graph)}
+    visible = outer | {t.name for t in tensors}
     for node in graph.nodes:
         proto.node.append(_node_proto(node, visible))
         if not _is_standard(node):

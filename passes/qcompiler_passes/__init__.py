@@ -7,6 +7,7 @@ from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
 from qcompiler_passes.fold_bias import FoldBias
+from qcompiler_passes.fold_constants import FoldConstants
 from qcompiler_passes.fold_pad import FoldPad
 from qcompiler_passes.fold_scales import FoldScales
 from qcompiler_passes.form_blocks import FormBlocks
@@ -35,6 +36,7 @@ PLUGIN = Plugin(
         CorrectBias,
         FoldBatchnorm,
         FoldBias,
+        FoldConstants,
         FoldPad,
         FoldScales,
         FormBlocks,
