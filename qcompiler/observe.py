@@ -1,0 +1,197 @@
+"""One calibration pass: what the tensors of a float model hold, gathered by collectors.
+
+The model is instrumented: each tensor to observe is reduced inside the graph to its exact bounds and to a strided sample, and
+only those leave it. In priority order ONNX Runtime runs the reductions as soon as it can, so that activations die early and
+the pass needs hardly more memory than plain inference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompiler import runtime
+from qcompiler.collectors import Collector
+from qcompiler.errors import UserError
+from qcompiler.runtime import Feeds, Session
+
+SAMPLE_SIZE = 4096
+"""About how many values of a tensor are looked at for each calibration sample."""
+
+MAX_WORKERS = 2
+
+_PREFIX = "qcompiler.tap"
+_SEED = f"{_PREFIX}.seed"
+
+
+class Progress(Protocol):
+    """What a caller may pass to follow the calibration."""
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Take notice that `done` of `total` samples are finished; None where the number is not known."""
+
+
+def observe(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    source: Iterable[Feeds],
+    make: Callable[[], Collector],
+    progress: Progress | None = None,
+    *,
+    sample_size: int = SAMPLE_SIZE,
+    workers: int | None = None,
+) -> dict[str, Collector]:
+    """Run all samples once and return a collector for each of the float32 tensors (graph inputs, results of nodes).
+
+    `model` is consumed: it is changed into the instrumented model, so that a large one is not held twice. Of a tensor, samples
+    with no elements are passed over. Which values are looked at depends on the position of the sample only, and collectors
+    merge exactly, so that the number of `workers` (threads; at most two by default) cannot change the result.
+    Raises UserError that names the sample if the model does not take it or a value is not finite, ValueError for a tensor that
+    the model does not have or that is not float32.
+    """
+    if not tensors:
+        return {}
+    _instrument(model, tensors, sample_size)
+    session = runtime.session(model, low_memory=True)
+    model.Clear()
+    for tensor, output in zip(tensors, session.get_outputs()[2:], strict=True):
+        if output.type != "tensor(float)":
+            raise ValueError(f"tensor {tensor!r} is not float32, but {output.type}")
+    samples = _Samples(source, progress)
+    team = [_Worker(session, tensors, make) for _ in range(workers or min(MAX_WORKERS, os.cpu_count() or 1))]
+    with ThreadPoolExecutor(len(team)) as pool:
+        futures = [pool.submit(worker.run, samples) for worker in team]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            samples.stop()
+    samples.raise_first_error()
+    collectors = team[0].collectors
+    for worker in team[1:]:
+        for name, collector in collectors.items():
+            collector.merge(worker.collectors[name])
+    return collectors
+
+
+class _Samples:
+    """Hands out numbered samples to workers, one at a time, until the source ends or a sample fails."""
+
+    def __init__(self, source: Iterable[Feeds], progress: Progress | None) -> None:
+        self._lock = Lock()
+        self._samples = enumerate(source)
+        self._total = len(source) if isinstance(source, Sized) else None
+        self._progress = progress
+        self._done = 0
+        self._stopped = False
+        self._errors: dict[int, UserError] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, Feeds]]:
+        while True:
+            with self._lock:
+                item = None if self._stopped else next(self._samples, None)
+            if item is None:
+                return
+            yield item
+            with self._lock:
+                self._done += 1
+                if self._progress is not None:
+                    self._progress(self._done, self._total)
+
+    def stop(self) -> None:
+        """Hand out no more."""
+        self._stopped = True
+
+    def fail(self, index: int, error: UserError) -> None:
+        """Note that a sample failed."""
+        self._errors[index] = error
+        self.stop()
+
+    def raise_first_error(self) -> None:
+        """Raise the error of the first sample that failed: those before it were all handed out, hence are all finished."""
+        if self._errors:
+            raise self._errors[min(self._errors)]
+
+
+class _Worker:
+    """Runs samples and feeds its own collectors."""
+
+    def __init__(self, session: Session, tensors: Sequence[str], make: Callable[[], Collector]) -> None:
+        self.session = session
+        self.collectors = {name: make() for name in tensors}
+
+    def run(self, samples: _Samples) -> None:
+        """Take samples until there are no more or one fails."""
+        for index, feeds in samples:
+            try:
+                self._observe(index, feeds)
+            except UserError as error:
+                samples.fail(index, error)
+                return
+
+    def _observe(self, index: int, feeds: Feeds) -> None:
+        where = f"calibration sample {index}"
+        try:
+            lows, highs, *values = runtime.run(self.session, {**feeds, _SEED: np.array([_scattered(index)], np.int64)})
+        except (UserError, RuntimeError) as error:
+            raise UserError(error.what if isinstance(error, UserError) else str(error), where) from error
+        bounds = zip(lows.tolist(), highs.tolist(), strict=True)
+        for (name, collector), (low, high), sample in zip(self.collectors.items(), bounds, values, strict=True):
+            if sample.size:
+                try:
+                    collector.observe(low, high, sample)
+                except ValueError as error:
+                    raise UserError(f"tensor {name!r}: {error}", where) from error
+
+
+def _scattered(index: int) -> int:
+    """A number below 2**31 that differs for neighbouring samples in all its digits (Knuth's multiplicative hash)."""
+    return (index * 2654435761 + 12345) % 2**32 >> 1
+
+
+def _instrument(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int) -> None:
+    """Replace the outputs: the least and the greatest value of all tensors, shape (tensors,), then a 1-D sample of each.
+
+    The sample has an odd stride, so that it does not stay in one column of a tensor whose width is a power of two. ONNX Runtime
+    computes the stride when it loads the model, wherever it knows the shape.
+    """
+    graph = model.graph
+    known = {v.name for v in graph.input} | {name for n in graph.node for name in n.output}
+    if missing := [name for name in tensors if name not in known]:
+        raise ValueError(f"the model has no tensor {missing[0]!r}")
+    numbers = {"flat": [-1], "first": [0], "one": [1], "two": [2], "window": [2 * sample_size]}
+    constants = [numpy_helper.from_array(np.array(v, np.int64), f"{_PREFIX}.{k}") for k, v in numbers.items()]
+    graph.initializer.extend(constants)
+    graph.input.append(helper.make_tensor_value_info(_SEED, TensorProto.INT64, [1]))
+    flat, first, one, two, window = (c.name for c in constants)
+    bounds: tuple[list[str], list[str]] = ([], [])
+    samples = []
+    for i, tensor in enumerate(tensors):
+        row, low, high, size, half, even, stride, start, sample = (f"{_PREFIX}.{i}.{j}" for j in range(9))
+        graph.node.extend(
+            [
+                helper.make_node("Reshape", [tensor, flat], [row]),
+                helper.make_node("ReduceMin", [row], [low], keepdims=1),
+                helper.make_node("ReduceMax", [row], [high], keepdims=1),
+                helper.make_node("Shape", [row], [size]),
+                helper.make_node("Div", [size, window], [half]),
+                helper.make_node("Mul", [half, two], [even]),
+                helper.make_node("Add", [even, one], [stride]),
+                helper.make_node("Mod", [_SEED, stride], [start]),
+                helper.make_node("Slice", [row, start, size, first, stride], [sample]),
+            ]
+        )
+        bounds[0].append(low)
+        bounds[1].append(high)
+        samples.append(sample)
+    ends = [f"{_PREFIX}.low", f"{_PREFIX}.high"]
+    graph.node.extend(helper.make_node("Concat", list(b), [end], axis=0) for b, end in zip(bounds, ends, strict=True))
+    del graph.output[:]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*ends, *samples))
