@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,10 +140,13 @@ def compile_command(
             progress=progress,
             **options,
         )
-    if as_json:
-        click.echo(json.dumps(result.report.to_dict()))
-    elif not quiet:
-        _print_summary(result, verbose, show_time)
+    try:
+        if as_json:
+            click.echo(json.dumps(result.report.to_dict()))
+        elif not quiet:
+            _print_summary(result, verbose, show_time)
+    except BrokenPipeError:  # whoever read the summary has gone; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @cli.command("passes", context_settings=_FORMATTING)
@@ -232,13 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        code = _run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the summary has gone; the work is done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
@@ -251,18 +249,12 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return EXIT_INTERRUPT
-    except BrokenPipeError:
-        raise
-    except UserError as error:
-        if "--debug" in arguments:
-            raise
-        click.echo(f"error: {error}", err=True)
-        return EXIT_USER
     except Exception as error:
         if "--debug" in arguments:
-            raise
-        text = " ".join(str(error).split())[:500]
-        click.echo(
-            f"internal error: {text or type(error).__name__} (run again with --debug for the traceback)", err=True
-        )
+            traceback.print_exc()
+        if isinstance(error, UserError):
+            click.echo(f"error: {error}", err=True)
+            return EXIT_USER
+        text = " ".join(str(error).split())[:500] or type(error).__name__
+        click.echo(f"internal error: {text} (run again with --debug for the traceback)", err=True)
         return EXIT_INTERNAL

@@ -29,8 +29,8 @@ LAST_PASS = {"qdq": "insert-qdq", "integer": "fold-scales", "kernels": None}
 
 MAX_HELD_BACK = 16
 
-Progress = Callable[[int, int], None]
-"""Called with the number of samples done and of all samples."""
+Progress = Callable[[int, int | None], None]
+"""Called with the number of samples done, and of all samples if it is known."""
 
 
 @dataclass(frozen=True)

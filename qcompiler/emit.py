@@ -12,6 +12,7 @@ from onnx import external_data_helper
 
 from qcompiler import __version__, ir, runtime
 from qcompiler.errors import UserError
+from qcompiler.load import check_structure
 from qcompiler.state import CompileState
 
 EXTERNAL_LIMIT = 1_800_000_000
@@ -44,14 +45,12 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
 
 def check(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """Raise EmitError unless the model is valid, loads in ONNX Runtime, and has the inputs and outputs of `source`."""
-    constants = {t.name for t in source.graph.initializer}
-    wanted = [_signature(v) for v in source.graph.input if v.name not in constants]
-    if [_signature(v) for v in model.graph.input] != wanted:
+    if [_signature(v) for v in model.graph.input] != [_signature(v) for v in source.graph.input]:
         raise EmitError("the inputs of the compiled model differ from those of the float model")
     if [_signature(v) for v in model.graph.output] != [_signature(v) for v in source.graph.output]:
         raise EmitError("the outputs of the compiled model differ from those of the float model")
     try:
-        onnx.checker.check_model(model)
+        check_structure(model)
         runtime.session(model)
     except Exception as error:
         raise EmitError(f"the compiled model is not valid: {error}") from error

@@ -65,7 +65,11 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     _refuse_quantized(model, where)
     if model.functions:
         _check_functions(model, where)
-    _check(model, where)
+    _make_initializers_constant(model)
+    try:
+        check_structure(model)
+    except Exception as error:
+        raise UserError(f"not a valid model: {brief(error)}", where) from error
     if model.functions:
         model = inliner.inline_local_functions(model)
     _refuse_huge_tensors(model, where)
@@ -251,11 +255,27 @@ def _check_functions(model: onnx.ModelProto, where: str) -> None:
         raise UserError("the model's functions inline to more than a million nodes", where)
 
 
-def _check(model: onnx.ModelProto, where: str) -> None:
+def _make_initializers_constant(model: onnx.ModelProto) -> None:
+    """Before IR 4 every initializer was listed as a graph input; since then one that is listed may be overridden."""
+    constants = {t.name for t in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, 4)
+
+
+def check_structure(model: onnx.ModelProto) -> None:
+    """Run the ONNX checker; unlike it, let inputs and outputs be of unknown rank, as ONNX Runtime does."""
+    values = (*model.graph.input, *model.graph.output)
+    kinds = [v.type.tensor_type for v in values if v.type.HasField("tensor_type")]
+    unranked = [kind for kind in kinds if not kind.HasField("shape")]
+    for kind in unranked:
+        kind.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
-    except Exception as error:
-        raise UserError(f"not a valid model: {brief(error)}", where) from error
+    finally:
+        for kind in unranked:
+            kind.ClearField("shape")
 
 
 def _refuse_huge_tensors(model: onnx.ModelProto, where: str) -> None:

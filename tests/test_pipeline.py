@@ -137,7 +137,7 @@ def test_a_phase_never_goes_back() -> None:
 
 
 def test_a_pass_that_comes_too_early_is_refused() -> None:
-    with pytest.raises(UserError, match="pass opt-2.x needs phase fused, but the model is in phase float"):
+    with pytest.raises(UserError, match=r"pass opt-2\.x needs phase fused, but the model is in phase float"):
         Pipeline((Optioned(),)).run(state())
 
 

@@ -79,7 +79,7 @@ def test_operators_clash_by_domain_and_name() -> None:
     relu = OpRule("Relu", (Role.ACT,), Result.OWN, Lowering.NONE, domain="acme")
     registry.add(Plugin("acme", ops=(relu,)))
     assert registry.ops["acme.Relu"] is relu
-    with pytest.raises(UserError, match="two plug-ins define the op 'acme.Relu': acme and emca"):
+    with pytest.raises(UserError, match=r"two plug-ins define the op 'acme\.Relu': acme and emca"):
         registry.add(Plugin("emca", ops=(relu,)))
 
 

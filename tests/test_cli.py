@@ -1,0 +1,241 @@
+"""The command: defaults, output, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from qcompiler import __version__, cli
+from tests.support import ops_of, run
+from tests.test_compile import net, samples
+from tests.test_plugin import my_pass
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with net.onnx and calib/."""
+    (tmp_path / "net.onnx").write_bytes(net().SerializeToString())
+    (tmp_path / "calib").mkdir()
+    for i, feeds in enumerate(samples(10)):
+        np.save(tmp_path / "calib" / f"{i}.npy", feeds["x"])
+    return tmp_path
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def qcompile(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command inside the folder, in this process; return exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    previous = signal.getsignal(signal.SIGTERM)
+    yield call  # type: ignore[misc]
+    signal.signal(signal.SIGTERM, previous)
+
+
+def test_the_short_form(qcompile: Run, folder: Path) -> None:
+    code, out, err = qcompile("net.onnx", "--calib", "calib")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "net.int8.onnx  kernels for ort-cpu"
+    assert len(lines) <= 25
+    assert {"quantized", "accuracy", "size", "speed"} <= {line.split()[0] for line in lines[1:]}
+    model = onnx.load(folder / "net.int8.onnx")
+    assert "QLinearConv" in ops_of(model)
+    assert run(model, samples(1)[0])[0].shape == (1, 5)
+    assert sorted(p.name for p in folder.iterdir()) == ["calib", "net.int8.onnx", "net.onnx"]
+
+
+def test_the_default_output_is_beside_the_model(qcompile: Run, folder: Path) -> None:
+    sub = folder / "a.b"
+    sub.mkdir()
+    (folder / "net.onnx").rename(sub / "my.net.onnx")
+    assert qcompile("compile", sub / "my.net.onnx", "--calib", "calib", "-q") == (0, "", "")
+    assert (sub / "my.net.int8.onnx").is_file()
+
+
+def test_json(qcompile: Run) -> None:
+    code, out, err = qcompile("net.onnx", "--calib", "calib", "--json", "-o", "deep/out.onnx", "--emit", "qdq")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["path"] == "deep/out.onnx"
+    assert report["emit"] == "qdq"
+    assert report["quantized"] >= 2
+    assert report["held_back"] == 1
+    assert {"name", "op", "quantized", "reason"} == set(report["layers"][0])
+
+
+def test_time_and_verbose(qcompile: Run) -> None:
+    code, out, _ = qcompile("net.onnx", "--calib", "calib", "--time", "-v", "--keep-float", "/gemm")
+    assert code == 0
+    assert "Gemm /gemm: kept in float as '/gemm' asks" in out
+    assert any(line.split()[:1] == ["calibrate"] for line in out.splitlines())
+    assert "kernels" in out
+
+
+def test_dump(qcompile: Run, folder: Path) -> None:
+    assert qcompile("net.onnx", "--passes", "normalize,cleanup", "--dump", "d", "-q")[0] == 0
+    assert sorted(p.name for p in (folder / "d").iterdir()) == ["01-normalize.onnx", "02-cleanup.onnx"]
+
+
+def test_images_with_preprocessing(qcompile: Run, folder: Path) -> None:
+    from PIL import Image  # noqa: PLC0415
+
+    (folder / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((10, 12, 3), 40 * i + 50, np.uint8)).save(folder / "photos" / f"{i}.png")
+    options = ["--preset", "imagenet", "--resize", "9", "--crop", "8", "--mean", "0.5,0.4,0.3", "--std", "0.2", "--bgr"]
+    code, out, err = qcompile("net.onnx", "--calib", "photos", *options, "--until", "normalize", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["samples"] == 2
+
+
+def test_a_plug_in_file(qcompile: Run, folder: Path) -> None:
+    my_pass(folder)
+    code, out, _ = qcompile("net.onnx", "--load", "my pass.py", "--passes", "normalize,shout{volume=2}", "--json")
+    assert code == 0
+    assert json.loads(out)["pipeline"] == "normalize,shout{volume=2}"
+    assert "shout                Does nothing, loudly\n" in qcompile("passes", "--load", "my pass.py")[1]
+
+
+def test_lists(qcompile: Run) -> None:
+    code, out, _ = qcompile("passes")
+    assert code == 0
+    assert "pipeline default:\n  normalize," in out
+    assert "ort-cpu-avx2" in qcompile("targets")[1]
+
+
+def test_help_and_version(qcompile: Run) -> None:
+    for arguments in (["--help"], ["compile", "--help"]):
+        code, out, _ = qcompile(*arguments)
+        assert code == 0
+        assert "qcompile model.onnx --calib" in out
+    assert qcompile("--version") == (0, f"qcompile, version {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--frobnicate"],
+        ["net.onnx", "--frobnicate"],
+        ["net.onnx", "other.onnx"],
+        ["net.onnx", "--emit", "int4"],
+        ["net.onnx", "--samples", "0"],
+        ["net.onnx", "--mean", "a,b"],
+        ["net.onnx", "--crop", "1x2x3"],
+    ],
+)
+def test_usage_errors(qcompile: Run, arguments: list[str]) -> None:
+    code, out, err = qcompile(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "Usage: qcompile" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.onnx", "--calib", "calib"], "error: no such model file (none.onnx)"),
+        (["net.onnx"], "error: calibration data is missing; give some samples of what the model is fed (--calib)"),
+        (["net.onnx", "--calib", "none"], "error: there is no such file or folder (none)"),
+        (
+            ["net.onnx", "--calib", "calib", "-o", "net.onnx"],
+            "error: the output would overwrite the input model (net.onnx)",
+        ),
+        (["net.onnx", "--calib", "calib", "-o", "calib"], "error: the output is a folder; give a file name (calib)"),
+        (["net.onnx", "--calib", "calib", "--preset", "x"], "error: no preset is called 'x'; known: "),
+        (["net.onnx", "--calib", "calib", "--until", "x"], "error: no pass or phase 'x' in the pipeline; passes: "),
+    ],
+)
+def test_user_errors_are_one_line(qcompile: Run, folder: Path, arguments: list[str], message: str) -> None:
+    before = (folder / "net.onnx").read_bytes()
+    code, out, err = qcompile(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert (folder / "net.onnx").read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == ["calib", "net.onnx"]
+
+
+BROKEN = """
+from dataclasses import dataclass
+from typing import ClassVar
+from qcompiler.plugin import Plugin
+from qcompiler.state import Phase
+
+@dataclass(frozen=True)
+class Broken:
+    name: ClassVar[str] = "broken"
+    requires: ClassVar[Phase] = Phase.FLOAT
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state):
+        {body}
+
+PLUGIN = Plugin("broken", passes=(Broken,))
+"""
+
+
+def broken(folder: Path, body: str) -> list[object]:
+    (folder / "broken.py").write_text(BROKEN.format(body=body))
+    return ["net.onnx", "--load", "broken.py", "--passes", "broken"]
+
+
+def test_internal_errors_name_the_pass(qcompile: Run, folder: Path) -> None:
+    code, out, err = qcompile(*broken(folder, "return 1 // 0"))
+    assert (code, out) == (70, "")
+    assert err == (
+        "internal error: pass broken: ZeroDivisionError: integer division or modulo by zero "
+        "(run again with --debug for the traceback)\n"
+    )
+    assert not (folder / "net.int8.onnx").exists()
+
+
+def test_no_verify_skips_the_checks_between_passes(qcompile: Run, folder: Path) -> None:
+    arguments = broken(folder, "state.graph.nodes.reverse()")
+    assert "pass broken: VerifyError" in qcompile(*arguments)[2]
+    code, _, err = qcompile(*arguments, "--no-verify")
+    assert (code, "VerifyError" in err) == (70, False)
+    assert "the compiled model is not valid" in err
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    arguments = [sys.executable, "-m", "qcompiler", *map(str, broken(folder, "return 1 // 0")), "--debug"]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 70
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c(folder: Path) -> None:
+    arguments = [sys.executable, "-m", "qcompiler", *map(str, broken(folder, "raise KeyboardInterrupt"))]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "interrupted")
+    assert not (folder / "net.int8.onnx").exists()
+
+
+def test_a_reader_that_goes_away_does_no_harm(folder: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    arguments = [sys.executable, "-m", "qcompiler", "net.onnx", "--passes", "normalize"]
+    done = subprocess.run(arguments, cwd=folder, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "net.int8.onnx").is_file()
