@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from qcompiler.collectors import COLLECTORS, Collector
 from qcompiler.ir import Graph
 from qcompiler.ops import OpRule
 from qcompiler.quant import QuantParams, QuantSpec
@@ -53,9 +54,9 @@ class CompileState:
 
     `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
     shares. `params`: tensor -> what it got (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table
-    node -> the float model that filled it. `origin`: node -> the float layers that it came from. `corrected`: layers whose bias holds a
-    correction. `keep_float`: patterns of
-    node and output names that the user keeps in float. `calibration`: the samples; `collector`: how ranges are measured.
+    node -> the float model that filled it. `origin`: node -> the float layers that it came from. `corrected`: layers whose bias
+    holds a correction. `keep_float`: patterns of node and output names that the user keeps in float. `calibration`: the samples;
+    `collectors`: the known ways to measure ranges, by name; `progress`: called with the number of samples done and in all.
     """
 
     graph: Graph
@@ -71,6 +72,7 @@ class CompileState:
     corrected: set[str] = field(default_factory=set)
     keep_float: tuple[str, ...] = ()
     calibration: Iterable[Feeds] | None = None
+    collectors: Mapping[str, type[Collector]] = field(default_factory=lambda: COLLECTORS)
     progress: Any = None
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from qcompiler.plugin import Plugin
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
+from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
@@ -32,6 +33,7 @@ PLUGIN = Plugin(
     passes=(
         AlignScales,
         Annotate,
+        Calibrate,
         Cleanup,
         CorrectBias,
         FoldBatchnorm,

@@ -1,0 +1,109 @@
+"""calibrate: run the float model on the calibration data, and turn what its tensors hold into scales and zero points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar
+
+import numpy as np
+
+from qcompiler import ir
+from qcompiler.collectors import Collector, MinMax
+from qcompiler.errors import UserError
+from qcompiler.ir import Tensor
+from qcompiler.observe import SAMPLE_SIZE, observe
+from qcompiler.ops import Lowering, op_key
+from qcompiler.pipeline import closest
+from qcompiler.state import CompileState, Phase
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure the range of every tensor with a spec, in one pass over the data; tied tensors are measured together.
+
+    `collector`: the name of the way to measure. `samples_per_tensor`: about how many values of a tensor the collector sees of
+    each calibration sample, besides the exact bounds.
+    """
+
+    collector: str = "minmax"
+    samples_per_tensor: int = SAMPLE_SIZE
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[Phase] = Phase.ANNOTATED
+    establishes: ClassVar[Phase | None] = Phase.CALIBRATED
+
+    def run(self, state: CompileState) -> int:
+        """Return the number of tensors that got params.
+
+        Raises UserError for an unknown collector, missing data, or a tensor whose values give no range.
+        """
+        if self.collector not in state.collectors:
+            raise UserError(
+                f"no collector is called {self.collector!r}{closest(self.collector, state.collectors)}", self.name
+            )
+        if self.samples_per_tensor < 1:
+            raise UserError(f"samples_per_tensor must be at least 1, not {self.samples_per_tensor}", self.name)
+        missing = [name for name in state.specs if name not in state.params]
+        sources = _sources(state, dict.fromkeys(state.leader(name) for name in missing))
+        measured = self._measure(state, [t for group in sources.values() for t in group])
+        for leader, group in sources.items():
+            spec = state.specs[leader]
+            try:
+                state.params[leader] = _merged([measured[t.name] for t in group]).finish(spec)
+            except ValueError as error:
+                raise UserError(f"no range for tensor {leader!r}: {error}", "calibration data") from error
+        for name in missing:
+            state.params[name] = state.params[state.leader(name)]
+        return len(missing)
+
+    def _measure(self, state: CompileState, tensors: list[Tensor]) -> dict[str, Collector]:
+        """A collector per tensor: constants are measured as they are, variables on the calibration data."""
+        variables = [t.name for t in tensors if not ir.is_constant(t)]
+        measured = {t.name: _of_constant(t) for t in tensors if ir.is_constant(t)}
+        if variables:
+            if state.calibration is None:
+                raise UserError("there is no calibration data", self.name)
+            make = state.collectors[self.collector]
+            model = ir.to_proto(state.graph)
+            measured |= observe(
+                model, variables, state.calibration, make, state.progress, sample_size=self.samples_per_tensor
+            )
+        return measured
+
+
+def _sources(state: CompileState, leaders: Mapping[str, None]) -> dict[str, list[Tensor]]:
+    """Leader -> the tensors to measure for it: the members that do not merely pass on the values of another member."""
+    groups: dict[str, list[Tensor]] = {leader: [] for leader in leaders}
+    for tensor in ir.tensors(state.graph):
+        leader = state.leader(tensor.name)
+        if tensor.name in state.specs and leader in groups and not _passed_on(state, tensor):
+            groups[leader].append(tensor)
+    return groups
+
+
+def _passed_on(state: CompileState, tensor: Tensor) -> bool:
+    """Whether the values of the tensor, zeros aside, are values of a tensor that shares its params."""
+    maker = ir.producer(tensor)
+    rule = None if maker is None else state.ops.get(op_key(maker.op, maker.domain))
+    if maker is None or rule is None or rule.lowering is not Lowering.MOVE:
+        return False
+    source = maker.inputs[0].name
+    return source in state.specs and state.leader(source) == state.leader(tensor.name)
+
+
+def _of_constant(tensor: Tensor) -> Collector:
+    values = np.ascontiguousarray(ir.array(tensor), np.float32).reshape(-1)
+    collector = MinMax()
+    if values.size:
+        collector.observe(float(values.min()), float(values.max()), values)
+    return collector
+
+
+def _merged(collectors: Iterable[Collector]) -> Collector:
+    def merge(a: Collector, b: Collector) -> Collector:
+        a.merge(b)
+        return a
+
+    return reduce(merge, collectors)
