@@ -64,7 +64,7 @@ def _row_bias(rewriter: Rewriter, node: Node) -> Refusal | None:
     """beta goes into a constant bias, and the bias becomes [N]; where it is a matrix or no constant, it becomes an Add."""
     tensor, weight = ir.optional_input(node, 2), ir.value(node.inputs[1])
     if tensor is None:
-        return Refusal("it has no bias", node.name)
+        return Refusal("it has no bias", node.name) if node.attrs.pop("beta", 1.0) == 1.0 else None
     if weight is None:
         return Refusal("the weight is not a constant", node.inputs[1].name)
     width = weight.shape[0 if node.attrs.get("transB", 0) else 1]
