@@ -90,6 +90,7 @@ def compile_model(
         chosen,
         registry.ops,
         keep_float=tuple(keep_float),
+        collectors=registry.collectors,
         calibration=split,
         progress=progress,
         metadata={p.key: p.value for p in float_model.metadata_props},
