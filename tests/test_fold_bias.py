@@ -148,6 +148,24 @@ def test_a_shift_before_a_matmul_of_rank_three() -> None:
     assert ops_of(folded(text)) == ["MatMul", "Add"]
 
 
+@pytest.mark.parametrize("step", ["Mul(a, k)", "Div(a, k)", "Sub(k, a)"])
+def test_one_number_folds_through_what_only_moves(step: str) -> None:
+    text = f"""g (float[2,5,3] x) => (float[2,2,5,3] y) {{
+        p = MatMul(x, m)
+        s = Add(p, row)
+        r = Reshape(s, heads)
+        a = Transpose<perm=[0,2,1,3]>(r)
+        y = {step}
+    }}"""
+    after = folded(text, CONSTANTS | {"heads": np.array([2, 5, 2, 3])})
+    assert ops_of(after) == ["MatMul", "Add", "Reshape", "Transpose"]
+
+
+def test_a_vector_does_not_fold_through_a_transpose() -> None:
+    text = "g (float[2,3] x) => (float[6,2] y) {\n a = Gemm(x, m)\n t = Transpose<perm=[1,0]>(a)\n y = Mul(t, pair)\n}"
+    assert ops_of(folded(text, CONSTANTS | {"pair": normal(2)})) == ["Gemm", "Transpose", "Mul"]
+
+
 def test_a_matmul_bias_does_not_move_into_the_next_matmul() -> None:
     text = """g (float[2,3] x) => (float[2,6] y) {
         a = MatMul(x, m)

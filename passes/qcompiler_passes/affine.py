@@ -49,6 +49,11 @@ class Affine:
         return bool((self.shift != 0).any())
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether all elements get the same scale and shift."""
+        return self.scale.size == self.shift.size == 1
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The common shape of scale and shift."""
         return np.broadcast_shapes(self.scale.shape, self.shift.shape)

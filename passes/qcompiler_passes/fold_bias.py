@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor
+from qcompiler.ops import op_key
 from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.affine import Affine, Array, chains
-from qcompiler_passes.linear import fold, fold_into_consumers
+from qcompiler_passes.linear import fold, fold_into_consumers, read
+
+_MOVERS = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "DepthToSpace", "SpaceToDepth"})
 
 _MAX_SPREAD = 2.0
 """How far scales may differ between channels that get one common range when the scales move behind a shift."""
@@ -48,7 +51,7 @@ def _fold_bias(rewriter: Rewriter, node: Node) -> Refusal | None:
     refusal: Refusal | None = Refusal("it is the bias of a MatMul; normalize-gemm makes them a Gemm", node.name)
     if not _is_matmul_bias(found[0]):
         refusal = fold(rewriter, found)
-        if refusal is None or _fold_scale(rewriter, found[0]) is None:
+        if refusal is None or _fold_scale(rewriter, found[0]) is None or _hoist(rewriter, last) is None:
             return None
     return None if _simplify(rewriter, found) else refusal
 
@@ -73,6 +76,44 @@ def _fold_scale(rewriter: Rewriter, chain: Affine) -> Refusal | None:
         for reader in readers:
             rewriter.set_input(reader, 0, add)
     return refusal
+
+
+def _hoist(rewriter: Rewriter, step: Affine) -> Refusal | None:
+    """Move an operation with one number before operators that only move elements, if it can fold there."""
+    node, source = step.nodes[0], step.source
+    if not step.is_uniform or not step.keeps_shape:
+        return Refusal("the constant is not one number", node.name)
+    movers: list[Node] = []
+    while rewriter.only_user(source) is not None:
+        mover = ir.producer(source)
+        if mover is None or op_key(mover.op, mover.domain) not in _MOVERS:
+            break
+        movers.append(mover)
+        source = mover.inputs[0]
+    if not movers or not _reaches_weights(rewriter, source):
+        return Refusal("nothing before it can take it", node.name)
+    number = next(ir.value(t) for t in node.inputs if ir.is_constant(t))
+    constant = rewriter.constant(f"{node.name}_number", np.reshape(np.asarray(number), ()))
+    inputs = [constant if ir.is_constant(t) else source for t in node.inputs]
+    early = rewriter.node(node.op, inputs, [rewriter.variable(source.name, source.dtype, source.shape)], origin=node)
+    rewriter.set_input(movers[-1], 0, early.outputs[0])
+    rewriter.take_output(movers[0], step.result)
+    rewriter.remove(node)
+    return None
+
+
+def _reaches_weights(rewriter: Rewriter, source: Tensor) -> bool:
+    """Whether a chain that starts at `source` ends in an operator with constant weights, and nothing else reads between."""
+    producer = ir.producer(source)
+    if producer is None or rewriter.only_user(source) is None:
+        return False
+    found = chains(rewriter, producer)
+    if not isinstance(found, Refusal):
+        first = ir.producer(found[0].source)
+        if first is None or rewriter.only_user(found[0].source) is None:
+            return False
+        producer = first
+    return not isinstance(read(producer), Refusal)
 
 
 def _simplify(rewriter: Rewriter, found: Sequence[Affine]) -> bool:
