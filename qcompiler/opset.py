@@ -142,7 +142,7 @@ def _batchnorm_14(rewriter: Rewriter, node: Node) -> None:
         raise _impossible(node, "it is in training mode (its statistics are used)")
     for tensor in node.outputs[1:]:
         list.clear(tensor.inputs)
-    node.outputs = node.outputs[:1]
+    list.__delitem__(node.outputs, slice(1, None))
 
 
 def _upsample_9(rewriter: Rewriter, node: Node) -> None:
