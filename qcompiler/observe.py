@@ -61,9 +61,6 @@ def observe(
     _instrument(model, tensors, sample_size)
     session = runtime.session(model, low_memory=True)
     model.Clear()
-    for tensor, output in zip(tensors, session.get_outputs()[2:], strict=True):
-        if output.type != "tensor(float)":
-            raise ValueError(f"tensor {tensor!r} is not float32, but {output.type}")
     samples = _Samples(source, progress)
     team = [_Worker(session, tensors, make) for _ in range(workers or min(MAX_WORKERS, os.cpu_count() or 1))]
     with ThreadPoolExecutor(len(team)) as pool:
@@ -163,9 +160,7 @@ def _instrument(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int
     computes the stride when it loads the model, wherever it knows the shape.
     """
     graph = model.graph
-    known = {v.name for v in graph.input} | {name for n in graph.node for name in n.output}
-    if missing := [name for name in tensors if name not in known]:
-        raise ValueError(f"the model has no tensor {missing[0]!r}")
+    _check_tensors(graph, tensors)
     numbers = {"flat": [-1], "first": [0], "one": [1], "two": [2], "window": [2 * sample_size]}
     constants = [numpy_helper.from_array(np.array(v, np.int64), f"{_PREFIX}.{k}") for k, v in numbers.items()]
     graph.initializer.extend(constants)
@@ -194,4 +189,15 @@ def _instrument(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int
     ends = [f"{_PREFIX}.low", f"{_PREFIX}.high"]
     graph.node.extend(helper.make_node("Concat", list(b), [end], axis=0) for b, end in zip(bounds, ends, strict=True))
     del graph.output[:]
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in (*ends, *samples))
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*ends, *samples))
+
+
+def _check_tensors(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
+    known = {v.name for v in graph.input} | {name for n in graph.node for name in n.output}
+    declared = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    for name in tensors:
+        if name not in known:
+            raise ValueError(f"the model has no tensor {name!r}")
+        kind = declared.get(name, TensorProto.UNDEFINED)
+        if kind not in {TensorProto.FLOAT, TensorProto.UNDEFINED}:
+            raise ValueError(f"tensor {name!r} is not float32, but {TensorProto.DataType.Name(kind).lower()}")
