@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from qcompiler import ir
@@ -88,12 +89,16 @@ class Dump(Watcher):
 
 @dataclass
 class Operators(Watcher):
-    """Keeps the operator type of every block's root, which later passes replace."""
+    """Keeps the operator type of every block's root, which later passes replace; arithmetic on shapes is left out."""
 
     of: dict[str, str] = field(default_factory=dict)
 
     def after(self, stage: Pass, state: CompileState, count: int) -> None:
         """Note the roots that are still there."""
         for node in state.graph.nodes:
-            if node.name in state.blocks:
-                self.of.setdefault(node.name, node.op)
+            if node.name in state.blocks and node.name not in self.of and any(map(_may_be_float, node.outputs)):
+                self.of[node.name] = node.op
+
+
+def _may_be_float(tensor: ir.Tensor) -> bool:
+    return tensor.dtype is None or np.dtype(tensor.dtype).kind == "f"

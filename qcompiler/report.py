@@ -13,6 +13,9 @@ from qcompiler.state import CompileState
 MAX_GROUPS = 8
 """How many reasons the summary shows; `-v` shows all."""
 
+HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""The operators that take the time; what became of them comes first."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -79,30 +82,37 @@ class Report:
         yield from _in_float(self.layers, verbose)
         if self.outputs:
             held = f"{self.held_back} held-back samples" if self.held_back > 1 else "1 sample"
-            shown = self.outputs if verbose else sorted(self.outputs, key=_badness)[:3]
-            worst = ", ".join(f"{_match(o)} {o.name}" for o in shown)
+            nearest = self.outputs if verbose else sorted(self.outputs, key=_badness)[:3]
+            worst = ", ".join(f"{_match(o)} {o.name}" for o in nearest)
             yield "accuracy", f"{worst} (SQNR, {held}; {self.samples} calibrated)"
         before, after = self.bytes
         yield "size", f"{_bytes(before)} -> {_bytes(after)} ({before / max(after, 1):.2f}x smaller)"
         if self.speed:
             a, b = self.speed.float_ms, self.speed.int8_ms
             yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({self.speed.ratio:.2f}x the float model's)"
-        if self.kernels and verbose:
-            yield "kernels", ", ".join(f"{op} {count}" for op, count in self.kernels.items())
+        if self.kernels:
+            shown = list(self.kernels.items())[: None if verbose else MAX_GROUPS]
+            yield (
+                "kernels",
+                ", ".join(f"{op.removeprefix('com.microsoft.')} {n}" for op, n in shown)
+                + ("" if len(shown) == len(self.kernels) else ", ..."),
+            )
         for note in self.notes if verbose else self.notes[:MAX_GROUPS]:
             yield "note", note
 
 
 def layers_of(state: CompileState, operators: dict[str, str]) -> list[Layer]:
-    """The blocks as layers; `operators` gives the operator type of their roots."""
-    return [Layer(b.root, operators.get(b.root, "?"), b.quantized, b.reason) for b in state.blocks.values()]
+    """The blocks as layers; `operators` gives the operator types of the roots to report."""
+    blocks = [b for b in state.blocks.values() if b.root in operators]
+    return [Layer(b.root, operators[b.root], b.quantized, b.reason) for b in blocks]
 
 
 def _quantized(layers: list[Layer]) -> Iterator[tuple[str, str]]:
     done = Counter(layer.op for layer in layers if layer.quantized)
     total = Counter(layer.op for layer in layers)
     if done:
-        yield "quantized", ", ".join(f"{op} {n}/{total[op]}" for op, n in done.most_common())
+        order = sorted(done.most_common(), key=lambda item: item[0] not in HEAVY)
+        yield "quantized", ", ".join(f"{op} {n}/{total[op]}" for op, n in order)
     else:
         yield "quantized", "nothing: the model stays float" if layers else "nothing yet: the pipeline stops before"
 
@@ -112,7 +122,8 @@ def _in_float(layers: list[Layer], verbose: bool) -> Iterator[tuple[str, str]]:
     if verbose:
         yield from (("in float", f"{layer.op} {layer.name}: {layer.reason}") for layer in left)
         return
-    groups = Counter((layer.op, _generic(layer.reason)) for layer in left).most_common()
+    counts = Counter((layer.op, _generic(layer.reason)) for layer in left).most_common()
+    groups = sorted(counts, key=lambda group: group[0][0] not in HEAVY)
     for (op, reason), count in groups[:MAX_GROUPS]:
         yield "in float", f"{count} x {op}: {reason}"
     if len(groups) > MAX_GROUPS:

@@ -347,9 +347,9 @@ def test_the_summary_groups_reasons() -> None:
     rows = list(report.rows())
     assert ("quantized", "Conv 1/2") in rows
     assert [value for key, value in rows if key == "in float"] == [
+        "1 x Conv: the weight is not a constant",
         "12 x Softmax: it is slow",
         "3 x Relu: its input is a float tensor",
-        "1 x Conv: the weight is not a constant",
     ]
     assert ("size", "2.00 MB -> 0.50 MB (4.00x smaller)") in rows
     assert len([1 for key, _ in report.rows(verbose=True) if key == "in float"]) == 16
