@@ -15,17 +15,25 @@ from qcompiler.ops import Lowering, op_key
 from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
 from qcompiler.runtime import run, session
-from qcompiler.state import CompileState, Feeds, Phase
+from qcompiler.state import Block, CompileState, Feeds, Phase
 from qcompiler_passes.insert_qdq import InsertQdq
+
+F64 = NDArray[np.float64]
+
+
+LEAST_ACTIVE = 0.1
+"""Below this share of outputs inside the activation's bounds, the bias is taken to move the mean as if it were this share."""
 
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """Empirical bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2), layer after layer.
+    """Empirical bias correction, layer after layer (after Nagel et al. 2019, arXiv 1906.04721, section 4.2).
 
     Rounding shifts the mean of each output channel. The shift is measured on `samples` calibration samples, as the difference
-    between the float layer and the quantized layer behind the already quantized and corrected layers before it, and added to
-    the bias. Layers without a place for a bias (MatMul) are left alone.
+    between the float layer and the quantized layer behind the already quantized and corrected layers before it, and taken out
+    of the bias. Two things differ from the paper: means are compared behind the activation, where the next layer sees them, and
+    divided by the share of outputs that the bias moves there; and each shift is shrunk by its sampling error, as estimated
+    from the samples' variance, so that few samples do not add noise. Layers without a place for a bias (MatMul) stay as they are.
     """
 
     samples: int = 32
@@ -43,18 +51,15 @@ class CorrectBias:
             return 0
         _ensure_bias(state, layers)
         samples = list(islice(state.calibration, self.samples))
-        wanted = channel_means_of_float(state.graph, layers, samples)
-        twin = _quantized_twin(state)
-        nodes = {n.name: n for n in twin.nodes}
+        blocks = [state.blocks[n.name] for n in layers]
+        wanted = _float_means(state.graph, layers, blocks, samples)
+        quantized = _QuantizedPrefix(_quantized_twin(state), layers, samples)
         rewriter = Rewriter(state)
-        measured = _Measured(twin, [nodes[n.name] for n in layers], samples)
-        for layer in layers:
-            shift = wanted[layer.name] - measured.next_mean()
-            bias = ir.array(layer.inputs[2])
-            rewriter.set_input(
-                layer, 2, rewriter.constant(f"{layer.name}_corrected_bias", (bias + shift).astype(np.float32))
-            )
-            measured.shift_bias(shift)
+        for layer, block, means in zip(layers, blocks, wanted, strict=True):
+            shift = _shift(means, *quantized.next_layer(block))
+            bias = (ir.array(layer.inputs[2]) + shift).astype(np.float32)
+            rewriter.set_input(layer, 2, rewriter.constant(f"{layer.name}_corrected_bias", bias))
+            quantized.shift_bias(shift)
             state.corrected.add(layer.name)
         return len(layers)
 
@@ -65,49 +70,72 @@ def _has_bias_input(state: CompileState, node: Node) -> bool:
     return is_layer and node.op in ("Conv", "Gemm")
 
 
-def _channels(node: Node) -> int:
-    return int(ir.array(node.inputs[1]).shape[0 if node.op == "Conv" else 1])
-
-
 def _ensure_bias(state: CompileState, layers: list[Node]) -> None:
     rewriter = Rewriter(state)
     for node in layers:
+        channels = ir.array(node.inputs[1]).shape[0 if node.op == "Conv" else 1]
         bias = ir.optional_input(node, 2)
-        values = np.zeros(_channels(node), np.float32) if bias is None else ir.array(bias).reshape(-1)
-        values = np.broadcast_to(values, (_channels(node),))
-        constant = rewriter.constant(f"{node.name}_bias", values)
+        values = np.zeros(1, np.float32) if bias is None else ir.array(bias).reshape(-1)
+        constant = rewriter.constant(f"{node.name}_bias", np.broadcast_to(values, (channels,)))
         if len(node.inputs) > 2:
             rewriter.set_input(node, 2, constant)
         else:
             ir.add_input(node, constant)
 
 
-def channel_means_of_float(graph: Graph, layers: list[Node], samples: list[Feeds]) -> dict[str, NDArray[np.float64]]:
-    """The mean of each output channel of some layers of a float graph, over samples: node name -> (channels,)."""
+def _shift(wanted: F64, measured: F64, active: F64) -> F64:
+    """How far to move the bias of each channel.
+
+    wanted, measured: means behind the activation, shape (samples, channels); active: share of outputs within its bounds.
+    The estimate is multiplied by max(0, 1 - variance of the mean / mean**2), the positive-part James-Stein factor.
+    """
+    error = wanted - measured
+    mean = error.mean(axis=0)
+    variance = error.var(axis=0) / len(error)
+    certainty = np.clip(1 - variance / np.maximum(np.square(mean), np.finfo(np.float64).tiny), 0, 1)
+    share = active.mean(axis=0)
+    return np.where(share > 0, mean * certainty / np.maximum(share, LEAST_ACTIVE), 0)
+
+
+def _float_means(graph: Graph, layers: list[Node], blocks: list[Block], samples: list[Feeds]) -> list[F64]:
+    """Per layer, the mean of each channel behind the activation: (samples, channels)."""
     copy = ir.from_proto(ir.to_proto(graph))
     by_name = {n.name: n for n in copy.nodes}
-    outputs = [_mean_tap(copy, by_name[n.name]) for n in layers]
-    copy.outputs = outputs
+    copy.outputs = [_tap(copy, by_name[n.name], b)[0] for n, b in zip(layers, blocks, strict=True)]
     ir.drop_dead_nodes(copy)
     runner = session(ir.to_proto(copy), low_memory=True)
     rows = [run(runner, sample) for sample in samples]
-    return {n.name: np.mean([row[i] for row in rows], axis=0, dtype=np.float64) for i, n in enumerate(layers)}
+    return [np.asarray([row[i] for row in rows], np.float64) for i in range(len(layers))]
 
 
-def _mean_tap(graph: Graph, node: Node) -> Tensor:
-    """Add a mean over all axes but the channels to a layer's output."""
-    out = node.outputs[0]
-    rank = len(ir.shape(out) or ir.shape(node.inputs[0]) or ())
+def _tap(graph: Graph, node: Node, block: Block) -> list[Tensor]:
+    """Add to the graph, for each channel of a layer: the mean behind the activation, and the share that the bias moves."""
+    raw = node.outputs[0]
+    rank = len(ir.shape(raw) or ir.shape(node.inputs[0]) or ())
     axes = [i for i in range(rank) if i != (1 if node.op == "Conv" else rank - 1)]
-    mean = ir.Variable(f"{node.name}_channel_mean", np.dtype(np.float32), [None])
-    inputs: list[Tensor] = [out]
-    attrs: dict[str, Any] = {"keepdims": 0}
-    if graph.opset >= 18:
-        inputs.append(ir.Constant(f"{mean.name}_axes", np.asarray(axes, np.int64)))
-    else:
-        attrs["axes"] = axes
-    graph.nodes.append(ir.Node("ReduceMean", mean.name, attrs, inputs, [mean]))
-    return mean
+    bounds = [
+        ir.Constant(f"{raw.name}_{which}", np.asarray(np.clip(bound, *_FINITE), np.float32))
+        for which, bound in (("low", block.low), ("high", block.high))
+    ]
+    clipped = _append(graph, "Clip", [raw, *bounds], np.float32)
+    within = _append(graph, "Cast", [_append(graph, "Equal", [raw, clipped], np.bool_)], np.float32, to=1)
+    return [_mean(graph, t, axes) for t in (clipped, within)]
+
+
+_FINITE = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
+
+
+def _append(graph: Graph, op: str, inputs: list[Tensor], dtype: Any, **attrs: Any) -> Tensor:
+    name = f"{inputs[0].name}_tap_{op}"
+    graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(dtype))]))
+    return graph.nodes[-1].outputs[0]
+
+
+def _mean(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
+    if graph.opset < 18:
+        return _append(graph, "ReduceMean", [tensor], np.float32, axes=axes, keepdims=0)
+    wanted = ir.Constant(f"{tensor.name}_axes", np.asarray(axes, np.int64))
+    return _append(graph, "ReduceMean", [tensor, wanted], np.float32, keepdims=0)
 
 
 def _quantized_twin(state: CompileState) -> Graph:
@@ -124,28 +152,34 @@ def _quantized_twin(state: CompileState) -> Graph:
     return twin.graph
 
 
-class _Measured:
-    """The channel means of the layers of a quantized graph, one layer after the other."""
+class _QuantizedPrefix:
+    """The layers of a quantized graph, measured one after the other behind those that are corrected already."""
 
     def __init__(self, graph: Graph, layers: list[Node], samples: list[Feeds]) -> None:
-        self.graph, self.layers = graph, layers
-        self.integers = [ir.producer(n.inputs[0]).inputs[0] for n in layers]  # type: ignore[union-attr]
-        self.replay = Replay(graph, samples, self.integers)
-        self.position = -1
+        nodes = {n.name: n for n in graph.nodes}
+        self._graph = graph
+        self._layers = [nodes[n.name] for n in layers]
+        dequantizers = [ir.producer(n.inputs[0]) for n in self._layers]
+        self._integers = [d.inputs[0] for d in dequantizers if d is not None]
+        self._replay = Replay(graph, samples, self._integers)
+        self._position = -1
 
-    def next_mean(self) -> NDArray[np.float64]:
-        """The mean of each output channel of the next layer, before any activation."""
-        self.position += 1
-        layer, x = self.layers[self.position], self.integers[self.position]
-        self.replay.advance()
-        means = self.replay.evaluate([x], [_mean_tap(self.graph, layer)])
-        self.graph.nodes.pop()
-        return np.asarray(np.mean([m[0] for m in means], axis=0, dtype=np.float64))
+    def next_layer(self, block: Block) -> tuple[F64, F64]:
+        """The channel means behind the activation, and the shares that the bias moves: (samples, channels) each."""
+        self._position += 1
+        self._replay.advance()
+        count = len(self._graph.nodes)
+        taps = _tap(self._graph, self._layers[self._position], block)
+        rows = self._replay.evaluate([self._integers[self._position]], taps)
+        for node in self._graph.nodes[count:]:
+            ir.detach(node)
+        del self._graph.nodes[count:]
+        means, shares = (np.asarray([row[i] for row in rows], np.float64) for i in (0, 1))
+        return means, shares
 
-    def shift_bias(self, shift: NDArray[np.float64]) -> None:
+    def shift_bias(self, shift: F64) -> None:
         """Add to the bias of the layer that was measured last."""
-        dq = ir.producer(self.layers[self.position].inputs[2])
+        dq = ir.producer(self._layers[self._position].inputs[2])
         assert dq is not None
-        scale = ir.array(dq.inputs[1]).astype(np.float64)
-        integers = ir.array(dq.inputs[0]) + np.rint(shift / scale)
+        integers = ir.array(dq.inputs[0]) + np.rint(shift / ir.array(dq.inputs[1]).astype(np.float64))
         ir.set_input(dq, 0, ir.Constant(dq.inputs[0].name, integers.astype(np.int32)))
