@@ -110,8 +110,8 @@ def params_from_range(low: float, high: float, spec: QuantSpec) -> QuantParams:
     """Per-tensor params whose range covers [low, high] and zero, with an even zero point.
 
     The zero point is `qmin` where no value is negative (so that ReLU is saturation), the middle if the spec is symmetric,
-    else the even integer that needs the smallest scale. Even, because QLinearAdd rounds after it adds the zero point.
-    Raises ValueError if a bound is not finite.
+    else the even integer that needs the smallest scale. Even, because QLinearAdd rounds after it adds the zero point. The scale
+    of a tensor of zeros is 1. Raises ValueError if a bound is not finite.
     """
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"range [{low}, {high}] is not finite")
@@ -121,6 +121,7 @@ def params_from_range(low: float, high: float, spec: QuantSpec) -> QuantParams:
         scale, zero_point = max(-low, high) / min(spec.qmax - middle, middle - spec.qmin), middle
     else:
         scale, zero_point = min(_affine_choices(low, high, spec))
+    scale = scale if low < high else 1.0
     return QuantParams(spec, np.float32(max(scale, MIN_SCALE)) * np.ones((), np.float32), zero_point)
 
 
@@ -184,7 +185,10 @@ def snap_weight_scale(wanted: ArrayLike, s_x: float, s_y: float) -> F32:
 
 
 def scale_for_multiplier(m: ArrayLike, s_x: float, s_y: float) -> F32:
-    """Float32 weight scales whose rescale factor is exactly `m * 2**-SHIFT`; m grows by 1 where no float32 fits."""
+    """Float32 weight scales whose rescale factor is exactly `m * 2**-SHIFT`; m grows by 1 where no float32 fits.
+
+    Raises ValueError if an m does not fit into int32.
+    """
     m = np.atleast_1d(np.asarray(m, np.float64)).copy()
     scale = np.zeros(m.shape, np.float32)
     todo = np.ones(m.shape, bool)
@@ -196,6 +200,8 @@ def scale_for_multiplier(m: ArrayLike, s_x: float, s_y: float) -> F32:
         index = np.flatnonzero(todo)
         scale[index[found]] = near[hit.argmax(axis=0), np.arange(near.shape[1])][found]
         m[index[~found]] += 1
+        if m.max() >= 2.0**31:
+            raise ValueError("a rescale factor is too large for an int32 multiplier")
         todo[index[found]] = False
     return scale
 

@@ -13,6 +13,9 @@ from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import F32, QuantParams
 from qcompiler.state import CompileState, Phase
 
+LARGEST_FACTOR = 2.0**10
+"""Of a rescale: the multiplier has 16 bits more, and must stay below 2**31."""
+
 
 @dataclass(frozen=True)
 class AlignScales:
@@ -51,6 +54,9 @@ class AlignScales:
                 solver.concat([t.name for t in node.inputs], output, self.concat_tie)
             if not fits:
                 state.blocks[root] = replace(block, quantized=False, reason="its scales cannot all be dyadic")
+        for root, block in list(state.blocks.items()):
+            if block.quantized and root in nodes and not solver.multipliers_fit(nodes[root], block.outputs[0]):
+                state.blocks[root] = replace(block, quantized=False, reason="its output range is next to nothing")
         return solver.moved
 
 
@@ -158,6 +164,14 @@ class _Solver:
                 self.move(x, quant.snap_scale(lambda s: mean_factor(s, s_y, size), float(s_x), True))
         self.pin(x, y)
         return bool(quant.is_dyadic(mean_factor(self.scale(x), self.scale(y), size)))
+
+    def multipliers_fit(self, node: Node, output: str) -> bool:
+        """Whether the requantize multipliers of a Conv, Gemm or MatMul will be int32 numbers, with room to spare."""
+        rule = self.state.ops[op_key(node.op, node.domain)]
+        if rule.lowering is not Lowering.MAC or output not in self.state.params:
+            return True
+        largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0.0)) / self.state.target.weight.qmax
+        return float(self.scale(node.inputs[0].name)) * largest / float(self.scale(output)) < LARGEST_FACTOR
 
     def concat(self, inputs: list[str], output: str, tie: float) -> None:
         """Let inputs of nearly the output's range take its params: they need no rescale then."""

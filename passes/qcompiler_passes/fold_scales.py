@@ -89,10 +89,7 @@ def _fold_accumulator(rewriter: Rewriter, node: Node) -> Refusal | None:
         return Refusal("its rescale factor is not a multiple of 2**-16", node.name)
     multiplier = quant.multiplier(factor)
     if multiplier.ndim:
-        rank = len(ir.shape(node.inputs[0]) or ())
-        shape = [1] * rank
-        shape[node.attrs["axis"]] = -1
-        multiplier = multiplier.reshape(shape)
+        multiplier = multiplier.reshape(-1, *[1] * (-1 - node.attrs["axis"]))
     _requantize(rewriter, node, node.inputs[0], multiplier, params, quant.SHIFT, q)
     rewriter.remove(node)
     return None

@@ -70,11 +70,14 @@ def _lower_mac(rewriter: Rewriter, node: Node) -> Refusal | None:
     acc = rewriter.variable(f"{node.name}_acc", np.dtype(np.int32), out.shape)
     operands = [x.inputs[0], w.inputs[0], x.inputs[2], zero]
     rewriter.node(op, operands, [acc], origin=node, hint=f"{node.name}_integer", **attrs)
+    spatial = ir.array(w.inputs[0]).ndim - 2
     if bias is not None:
         biased = rewriter.variable(f"{node.name}_biased", np.dtype(np.int32), out.shape)
-        rewriter.node("Add", [acc, _bias(rewriter, node, bias)], [biased], origin=node, hint=f"{node.name}_bias")
+        rewriter.node(
+            "Add", [acc, _bias(rewriter, node, bias, spatial)], [biased], origin=node, hint=f"{node.name}_bias"
+        )
         acc = biased
-    axis: dict[str, Any] = {"axis": 1 if node.op == "Conv" else len(ir.shape(out) or (0, 0)) - 1} if scale.ndim else {}
+    axis: dict[str, Any] = {"axis": -1 - spatial} if scale.ndim else {}
     dq_inputs = [acc, rewriter.constant(f"{node.name}_acc_scale", scale)]
     dq = rewriter.node("DequantizeLinear", dq_inputs, origin=node, hint=f"{node.name}_acc_dequantize", **axis)
     rewriter.take_output(dq, out)
@@ -82,12 +85,11 @@ def _lower_mac(rewriter: Rewriter, node: Node) -> Refusal | None:
     return None
 
 
-def _bias(rewriter: Rewriter, node: Node, bias: Tensor) -> Tensor:
+def _bias(rewriter: Rewriter, node: Node, bias: Tensor, spatial: int) -> Tensor:
     source = dequantized(bias)
     assert source is not None
     integers = ir.array(source.inputs[0])
-    rank = len(ir.shape(node.outputs[0]) or ir.shape(node.inputs[0]) or ())
-    shape = (1, -1, *([1] * (rank - 2))) if node.op == "Conv" else (-1,)
+    shape = (1, -1, *([1] * spatial)) if node.op == "Conv" else (-1,)
     return rewriter.constant(f"{node.name}_bias_q", integers.reshape(shape))
 
 
