@@ -175,10 +175,25 @@ def test_graph_output_keeps_its_name_and_layers_are_recorded() -> None:
     assert state.origin["conv"] == ("conv", "bn")
 
 
+POOLED = f"""g (float[1,3,6,6] x) => (float[1,4,2,2] y) {{
+    r = Relu(x)
+    a = {BN}(r, g, b, m, v)
+    p = MaxPool<kernel_shape=[2,2], strides=[2,2], pads=[0,0,1,1]>(a)
+    y = Conv(p, w)
+}}"""
+
+
+def test_moves_behind_max_pool() -> None:
+    constants = parameters(3) | {"w": normal(4, 3, 2, 2)}
+    negative = constants | {"g": np.array([1, -1, 1], np.float32)}
+    assert ops_of(folded(POOLED, negative, shapes=True)) == ["Relu", BN, "MaxPool", "Conv"]
+    positive = constants | {"g": np.array([1, 0, 2], np.float32)}
+    assert ops_of(folded(POOLED, positive, shapes=True)) == ["Relu", "MaxPool", "Conv"]
+
+
 def test_depthwise_option() -> None:
-    text = f"g (float[1,3,6,6] x) => (float[1,3,3,3] y) {{\n r = Relu(x)\n a = {BN}(r, g, b, m, v)\n"
-    text += "y = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)\n}"
-    assert ops_of(folded(text, parameters(3), shapes=True, depthwise=True)) == ["Relu", "Conv", "MaxPool"]
+    constants = parameters(3) | {"w": normal(4, 3, 2, 2), "g": np.array([1, -1, 1], np.float32)}
+    assert ops_of(folded(POOLED, constants, shapes=True, depthwise=True)) == ["Relu", "Conv", "MaxPool", "Conv"]
     flat = f"g (float[2,3] x) => (float[2,3] y) {{\n y = {BN}(x, g, b, m, v)\n}}"
     assert ops_of(folded(flat, parameters(3), depthwise=True)) == [BN]
 

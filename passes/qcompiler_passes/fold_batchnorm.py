@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qcompiler.ir import Node
+from qcompiler.ops import op_key
 from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.affine import Affine, chains
@@ -16,8 +17,9 @@ from qcompiler_passes.linear import fold
 class FoldBatchnorm:
     """Fold BatchNormalization into the Conv, ConvTranspose, Gemm or MatMul before it, or into all Conv, Gemm, MatMul after it.
 
-    Constant Add, Sub, Mul, Div between the two fold with it. After a MatMul an Add stays, as its bias. `depthwise`: turn those
-    that cannot fold (between Relu and MaxPool, say) into a depthwise 1x1 Conv, which integer arithmetic can run.
+    Constant Add, Sub, Mul, Div between the two fold with it. After a MatMul an Add stays, as its bias. One that scales by
+    nothing negative moves behind a MaxPool. `depthwise`: turn those that cannot fold (between Relu and a Conv that pads, say)
+    into a depthwise 1x1 Conv, which integer arithmetic can run.
     """
 
     name: ClassVar[str] = "fold-batchnorm"
@@ -35,9 +37,25 @@ class FoldBatchnorm:
         if isinstance(found, Refusal):
             return found
         refusal = fold(rewriter, found)
-        if refusal is not None and self.depthwise:
-            return _depthwise(rewriter, found[-1])
-        return refusal
+        if refusal is None or _sink(rewriter, found[-1]) is None:
+            return None
+        return _depthwise(rewriter, found[-1]) if self.depthwise else refusal
+
+
+def _sink(rewriter: Rewriter, batchnorm: Affine) -> Refusal | None:
+    """max(a * x + b) = a * max(x) + b for a >= 0, on fewer elements and nearer to the next weights."""
+    node, pool = batchnorm.nodes[0], rewriter.only_user(batchnorm.result)
+    if pool is None or op_key(pool.op, pool.domain) != "MaxPool" or len(pool.outputs) > 1:
+        return Refusal("no MaxPool alone reads the result", node.name)
+    if (batchnorm.scale < 0).any():
+        return Refusal("a negative scale turns the largest into the smallest", node.name)
+    result = pool.outputs[0]
+    pooled = rewriter.variable(f"{node.name}_pooled", result.dtype, result.shape)
+    rewriter.set_input(pool, 0, batchnorm.source)
+    rewriter.set_input(node, 0, pooled)
+    rewriter.take_output(node, result)
+    rewriter.take_output(pool, pooled)
+    return None
 
 
 def _depthwise(rewriter: Rewriter, batchnorm: Affine) -> Refusal | None:
