@@ -16,6 +16,7 @@ from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
 from qcompiler.shapes import infer_shapes
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes import noops
+from qcompiler_passes.normalize import lift_constants
 from qcompiler_passes.sizes import Element, Sizes, dims, is_known
 
 RANDOM = frozenset(
@@ -47,8 +48,8 @@ class FoldConstants:
         total = 0
         for _ in range(MAX_ROUNDS):
             infer_shapes(state.graph)
-            count = apply_rules(Rewriter(state), UNFLATTEN)
-            count += fold_sizes(state) + fold_values(state, self.max_bytes)
+            count = apply_rules(Rewriter(state), SIMPLIFY)
+            count += lift_constants(state) + fold_sizes(state) + fold_values(state, self.max_bytes)
             count += apply_rules(Rewriter(state), noops.PLAIN | noops.FOLDED)
             if not count:
                 break
@@ -78,7 +79,25 @@ def unflatten(rewriter: Rewriter, node: Node) -> Refusal | None:
     return None
 
 
-UNFLATTEN: dict[str, Rule] = {"Hardmax": unflatten, "LogSoftmax": unflatten, "Softmax": unflatten}
+def inline_if(rewriter: Rewriter, node: Node) -> Refusal | None:
+    """An If whose condition is constant is one of its branches."""
+    condition = ir.scalar(node.inputs[0])
+    if condition is None:
+        return Refusal("the condition is not constant", node.inputs[0].name)
+    branch = node.attrs["then_branch" if condition else "else_branch"]
+    for inner in list(branch.nodes):
+        inputs, outputs = list(inner.inputs), list(inner.outputs)
+        ir.detach(inner)
+        rewriter.node(inner.op, inputs, outputs, origin=inner, domain=inner.domain or "", **inner.attrs)
+    for tensor, result in zip(branch.outputs, list(node.outputs), strict=True):
+        copy = rewriter.node("Identity", [tensor], origin=node)
+        if not result.is_empty():
+            rewriter.take_output(copy, result)
+    rewriter.remove(node)
+    return None
+
+
+SIMPLIFY: dict[str, Rule] = {"Hardmax": unflatten, "If": inline_if, "LogSoftmax": unflatten, "Softmax": unflatten}
 
 
 def _replace(rewriter: Rewriter, tensor: Tensor, value: NDArray[Any]) -> None:

@@ -33,7 +33,7 @@ class Normalize:
     def run(self, state: CompileState) -> int:
         """Return the number of nodes and tensors changed. Raises UserError where an old operator has no new form."""
         count = _use_short_domain(state) + _name_tensors(state) + _name_nodes(state)
-        count += _lift_constants(state)
+        count += lift_constants(state)
         infer_shapes(state.graph, trust=False)
         raised = raise_opset(state, state.target.opset)
         if raised:
@@ -91,9 +91,13 @@ def _unused(name: str, taken: set[str]) -> str:
     return name
 
 
-def _lift_constants(state: CompileState) -> int:
+def lift_constants(state: CompileState) -> int:
+    """Turn the Constant nodes of the main graph into initializers; return how many. One that makes a graph output stays."""
+    nodes = [n for n in state.graph.nodes if n.op == "Constant" and not n.domain]
+    if not nodes:
+        return 0
     rewriter = Rewriter(state)
-    for node in [n for n in state.graph.nodes if n.op == "Constant" and not n.domain]:
+    for node in nodes:
         tensor, value = node.outputs[0], _constant_value(node)
         if value is None:
             continue

@@ -38,13 +38,16 @@ def is_known(elements: Elements) -> bool:
 
 @dataclass
 class Sizes:
-    """The elements of the tensors of a graph, as far as they follow from shapes and constants."""
+    """The elements of the tensors of a graph, as far as they follow from shapes and constants.
+
+    Nothing is known before opset 13: axes and bounds were attributes then.
+    """
 
     graph: Graph
     _found: dict[int, Elements] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for node in self.graph.nodes:
+        for node in self.graph.nodes if self.graph.opset >= 13 else ():
             rule = None if node.domain else RULES.get(node.op)
             if rule is None or np.dtype(node.outputs[0].dtype or object).kind not in "ifb":
                 continue
