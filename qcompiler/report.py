@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qcompiler.instrument import PassTime
-from qcompiler.state import CompileState
+from qcompiler.state import CompileState, Phase
 
 MAX_GROUPS = 8
 """How many reasons the summary shows; `-v` shows all."""
@@ -42,11 +42,6 @@ class Speed:
 
     float_ms: float
     int8_ms: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster the compiled model is."""
-        return self.float_ms / self.int8_ms if self.int8_ms else 0.0
 
 
 @dataclass
@@ -86,23 +81,21 @@ class Report:
             worst = ", ".join(f"{_match(o)} {o.name}" for o in nearest)
             yield "accuracy", f"{worst} (SQNR, {held}; {self.samples} calibrated)"
         before, after = self.bytes
-        yield "size", f"{_bytes(before)} -> {_bytes(after)} ({before / max(after, 1):.2f}x smaller)"
+        yield "size", f"{_bytes(before)} -> {_bytes(after)} ({_ratio(before, after, 'smaller', 'larger')})"
         if self.speed:
             a, b = self.speed.float_ms, self.speed.int8_ms
-            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({self.speed.ratio:.2f}x the float model's)"
+            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({_ratio(a, b, 'faster', 'slower')} than float)"
         if self.kernels:
-            shown = list(self.kernels.items())[: None if verbose else MAX_GROUPS]
-            yield (
-                "kernels",
-                ", ".join(f"{op.removeprefix('com.microsoft.')} {n}" for op, n in shown)
-                + ("" if len(shown) == len(self.kernels) else ", ..."),
-            )
+            names = [f"{op.removeprefix('com.microsoft.')} {n}" for op, n in self.kernels.items()]
+            yield "kernels", ", ".join(names if verbose or len(names) <= MAX_GROUPS else [*names[:MAX_GROUPS], "..."])
         for note in self.notes if verbose else self.notes[:MAX_GROUPS]:
             yield "note", note
 
 
 def layers_of(state: CompileState, operators: dict[str, str]) -> list[Layer]:
-    """The blocks as layers; `operators` gives the operator types of the roots to report."""
+    """The blocks as layers, if it is decided what becomes of them; `operators` gives the types of the roots to report."""
+    if state.phase < Phase.ANNOTATED:
+        return []
     blocks = [b for b in state.blocks.values() if b.root in operators]
     return [Layer(b.root, operators[b.root], b.quantized, b.reason) for b in blocks]
 
@@ -145,6 +138,11 @@ def _match(output: OutputMatch) -> str:
     if output.sqnr is not None:
         return f"{output.sqnr:.1f} dB"
     return "exact" if output.equal == 1 else f"{output.equal:.1%} equal"
+
+
+def _ratio(before: float, after: float, better: str, worse: str) -> str:
+    factor = before / after if after else 1.0
+    return f"{factor:.2f}x {better}" if factor >= 1 else f"{1 / factor:.2f}x {worse}"
 
 
 def _bytes(count: int) -> str:
