@@ -209,7 +209,7 @@ def scale_for_multiplier(m: ArrayLike, s_x: float, s_y: float) -> F32:
 def snap_ratio(s_a: float, s_c: float, shift: int = RATIO_SHIFT, limit: float = np.inf) -> np.float32:
     """The float32 scale nearest to `s_a`, at most `limit`, for which `fl(s_a / s_c)` is exactly `m * 2**-shift`, m >= 1."""
     base = np.float32(s_c)
-    m = max(1.0, np.rint(float(s_a) / float(base) * 2.0**shift))
+    m = max(1.0, np.rint(min(float(s_a), limit) / float(base) * 2.0**shift))
     steps = (delta * sign for delta in range(64) for sign in (1, -1))
     for step in steps:
         if m + step < 1:

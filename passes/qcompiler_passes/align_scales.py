@@ -134,11 +134,15 @@ class _Solver:
         self.pin(c)
         for x in (a, b):
             if self.free(x):
-                limit = self.limits.get(self.state.leader(x), np.inf)
-                self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), limit=limit))
+                self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), limit=self.limit(x, c)))
         fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), quant.RATIO_SHIFT) for x in (a, b))
         self.pin(a, b)
         return fits
+
+    def limit(self, x: str, c: str) -> float:
+        """The limit of an addend's scale, unless even the smallest ratio to the sum's scale is above it."""
+        limit = self.limits.get(self.state.leader(x), np.inf)
+        return limit if limit > float(self.scale(c)) * 2.0**-quant.RATIO_SHIFT * (1 + 1e-5) else np.inf
 
     def mul(self, a: str, b: str, c: str) -> bool:
         """c = a * b: the factor a multiple of 2**-16."""
