@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qcompiler import ir
+from qcompiler import ir, shapes
 from qcompiler.errors import UserError
 from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.rewrite import Rewriter
@@ -78,7 +78,7 @@ def _known(tensor: Tensor) -> NDArray[Any] | None:
 
 
 def _dtype(node: Node) -> Any:
-    return np.dtype(node.inputs[0].dtype or np.float32)
+    return node.inputs[0].dtype if shapes.kind(node.inputs[0]) else np.float32
 
 
 def _add_constants(rewriter: Rewriter, node: Node, **inputs: NDArray[Any] | None) -> None:

@@ -36,6 +36,14 @@ def infer_shapes(graph: Graph, trust: bool = True) -> None:
     _update(graph, inferred.graph, symbols, trust)
 
 
+def kind(tensor: Tensor) -> str:
+    """NumPy's letter for the kind of numbers in a tensor (`f`, `i`, `u`, `b`); empty for other types and unknown ones."""
+    if tensor.dtype is None or isinstance(tensor.dtype, int):
+        return ""  # graphsurgeon keeps the ONNX code of types that NumPy lacks
+    letter = np.dtype(tensor.dtype).kind
+    return letter if letter in "fiub" else ""
+
+
 def _valid(dim: Any) -> Dim:
     """Exporters write unknown sizes as -1 and "?", the latter for sizes that differ."""
     if isinstance(dim, str):
@@ -65,7 +73,7 @@ def _graph_proto(graph: Graph, outer: set[str]) -> onnx.GraphProto:
     tensors = list(ir.tensors(graph))
     for tensor in tensors:
         if ir.is_constant(tensor) and tensor.name not in outer:
-            if math.prod(tensor.shape) <= SMALL and np.dtype(tensor.dtype).kind in "iufb":
+            if math.prod(tensor.shape) <= SMALL and kind(tensor):
                 proto.initializer.append(numpy_helper.from_array(np.asarray(ir.value(tensor)), tensor.name))
             else:
                 proto.value_info.append(_value_info(tensor))
@@ -98,8 +106,8 @@ def _is_standard(node: Node) -> bool:
 def _value_info(tensor: Tensor, dims: bool = True) -> onnx.ValueInfoProto:
     if tensor.dtype is None or getattr(tensor, "type", "tensor_type") != "tensor_type":
         return onnx.ValueInfoProto(name=tensor.name)
-    kind = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.name, kind, tensor.shape if dims else None)
+    code = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return helper.make_tensor_value_info(tensor.name, code, tensor.shape if dims else None)
 
 
 def _update(graph: Graph, proto: onnx.GraphProto, symbols: set[str], trust: bool) -> None:
@@ -116,13 +124,13 @@ def _update(graph: Graph, proto: onnx.GraphProto, symbols: set[str], trust: bool
                 _update(attribute, bodies[key], symbols, trust)
 
 
-def _refine(tensor: Tensor, kind: onnx.TypeProto | None, symbols: set[str], is_output: bool) -> None:
-    if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.elem_type:
+def _refine(tensor: Tensor, found: onnx.TypeProto | None, symbols: set[str], is_output: bool) -> None:
+    if found is None or not found.HasField("tensor_type") or not found.tensor_type.elem_type:
         return
-    tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
-    if not kind.tensor_type.HasField("shape"):
+    tensor.dtype = helper.tensor_dtype_to_np_dtype(found.tensor_type.elem_type)
+    if not found.tensor_type.HasField("shape"):
         return
-    dims = [_dim(d) for d in kind.tensor_type.shape.dim]
+    dims = [_dim(d) for d in found.tensor_type.shape.dim]
     former: Iterable[Dim] = (
         tensor.shape if tensor.shape is not None and len(tensor.shape) == len(dims) else [None] * len(dims)
     )

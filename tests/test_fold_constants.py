@@ -220,3 +220,12 @@ def test_an_inlined_branch_may_make_outputs_and_constants_and_hold_more_branches
         w = Mul (k, y)
     }"""
     assert ops_of(folded(text)) == ["Neg", "If", "Mul"]
+
+
+def test_types_that_numpy_lacks_pass_through() -> None:
+    text = """g (bfloat16[2] x, int4[2] q) => (bfloat16[2] y, int4[2] z, float[2] w) <bfloat16[2] k = {1, 2}, int64[1] h = {2}> {
+        n = Neg (k) b = Add (x, n) y = Cast <to = 16> (b) i = Identity (q) z = Reshape (i, h) w = Cast <to = 1> (b)
+    }"""
+    result, _ = run_passes(model_from_text(text, opset=21), Normalize(), FoldConstants())
+    onnx.checker.check_model(result, full_check=True)
+    assert [o.type.tensor_type.elem_type for o in result.graph.output] == [16, 22, 1]

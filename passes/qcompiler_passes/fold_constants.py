@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qcompiler import ir, runtime
 from qcompiler.ir import Constant, Graph, Node, Tensor
 from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
-from qcompiler.shapes import infer_shapes
+from qcompiler.shapes import infer_shapes, kind
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes import noops
 from qcompiler_passes.normalize import lift_constants
@@ -216,7 +216,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int | None:
     total = 0
     for tensor in tensors:
         shape = ir.static_shape(tensor)
-        if shape is None or tensor.dtype is None or np.dtype(tensor.dtype).kind not in "iufb":
+        if shape is None or not kind(tensor):
             return None
         total += math.prod(shape) * np.dtype(tensor.dtype).itemsize
     return total

@@ -9,6 +9,7 @@ import numpy as np
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor
 from qcompiler.rewrite import Refusal, Rewriter, Rule
+from qcompiler.shapes import kind
 
 
 def bypass_if(is_noop: Callable[[Node], bool], index: int = 0) -> Rule:
@@ -37,8 +38,8 @@ def _dropout(node: Node) -> bool:
 
 
 def _cast(node: Node) -> bool:
-    source, target = node.inputs[0].dtype, node.outputs[0].dtype
-    return source is not None and target is not None and np.dtype(source) == np.dtype(target)
+    source, target = node.inputs[0], node.outputs[0]
+    return bool(kind(source) and kind(target)) and np.dtype(source.dtype) == np.dtype(target.dtype)
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:

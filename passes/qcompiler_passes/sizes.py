@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Graph, Node, Tensor
+from qcompiler.shapes import kind
 
 Element: TypeAlias = int | float | str | None
 Elements: TypeAlias = NDArray[np.object_]
@@ -49,7 +50,7 @@ class Sizes:
     def __post_init__(self) -> None:
         for node in self.graph.nodes if self.graph.opset >= 13 else ():
             rule = None if node.domain else RULES.get(node.op)
-            if rule is None or np.dtype(node.outputs[0].dtype or object).kind not in "ifb":
+            if rule is None or kind(node.outputs[0]) not in ("f", "i", "b"):
                 continue
             found = rule(self, node)
             if found is not None and found.size <= MAX_ELEMENTS:
@@ -57,7 +58,7 @@ class Sizes:
 
     def of(self, tensor: Tensor) -> Elements | None:
         """The elements of a tensor, or None if nothing is known."""
-        if ir.is_constant(tensor) and math.prod(tensor.shape) <= MAX_ELEMENTS and np.dtype(tensor.dtype).kind in "ifb":
+        if ir.is_constant(tensor) and math.prod(tensor.shape) <= MAX_ELEMENTS and kind(tensor) in ("f", "i", "b"):
             return _objects(np.asarray(ir.value(tensor)).tolist())
         return self._found.get(id(tensor))
 
@@ -136,8 +137,8 @@ def _map(function: Callable[..., Element], *arrays: Elements) -> Elements:
 
 def _cast(sizes: Sizes, node: Node) -> Elements | None:
     data = sizes.of(node.inputs[0])
-    source, target = (np.dtype(t.dtype or object).kind for t in (node.inputs[0], node.outputs[0]))
-    if data is None or source not in "if" or target not in "if":
+    source, target = kind(node.inputs[0]), kind(node.outputs[0])
+    if data is None or source not in ("f", "i") or target not in ("f", "i"):
         return None
 
     def cast(e: Element) -> Element:
