@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler import UserError, compile_model
+from qcompiler import UserError, compile_model, runtime
 from qcompiler.compile import MAX_HELD_BACK, Split
 from qcompiler.data import as_source
 from qcompiler.load import input_specs, load_model
@@ -354,3 +354,14 @@ def test_the_summary_groups_reasons() -> None:
     assert ("size", "2.00 MB -> 0.50 MB (4.00x smaller)") in rows
     assert len([1 for key, _ in report.rows(verbose=True) if key == "in float"]) == 16
     assert json.loads(json.dumps(report.to_dict()))["quantized"] == 1
+
+
+def test_a_full_temporary_folder_only_costs_the_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: onnx.ModelProto) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(runtime, "optimized_ops", full)
+    report = compile_model(net(), samples(4)).report
+    assert report.kernels == {}
+    assert report.speed is not None
+    assert any("kernels are not counted" in note for note in report.notes)
