@@ -6,15 +6,17 @@ ask for 40 GB. All of this is checked before anything is run.
 
 from __future__ import annotations
 
+import math
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import external_data_helper, inliner
+from onnx import inliner, numpy_helper
 
 from qcompiler import functions, runtime
 from qcompiler.errors import UserError
+from qcompiler.external import MAX_BYTES, graphs, load_external_data, refuse_unloaded
 from qcompiler.samples import InputSpec
 
 MIN_OPSET = 7
@@ -22,9 +24,6 @@ MIN_OPSET = 7
 
 MAX_ELEMENTS = 2**31
 """No tensor of a model that runs on a CPU is as large; one that claims to be is a mistake or an attack."""
-
-MAX_BYTES = 2**31 - 1
-"""The limit of protobuf."""
 
 MAX_NESTING = 64
 """How deeply model-local functions may call each other."""
@@ -56,11 +55,11 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(source, onnx.ModelProto):
         where, model = "model", onnx.ModelProto()
         model.CopyFrom(source)
-        _refuse_unloaded(model)
+        refuse_unloaded(model)
     else:
         where = str(source)
         model = _parse(Path(source))
-        _load_external_data(model, Path(source))
+        load_external_data(model, Path(source))
     _check_versions(model, where)
     _refuse_quantized(model, where)
     if model.functions:
@@ -70,6 +69,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         check_structure(model)
     except Exception as error:
         raise UserError(f"not a valid model: {brief(error)}", where) from error
+    _make_dense(model, where)
     if model.functions:
         model = inliner.inline_local_functions(model)
     _refuse_huge_tensors(model, where)
@@ -144,79 +144,6 @@ def _read(path: Path) -> bytes:
         raise UserError(f"cannot read the model: {getattr(error, 'strerror', None) or error}", str(path)) from error
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from _graphs(inner)
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor that holds data: initializers and attributes, of subgraphs and functions too."""
-    graphs = list(_graphs(model.graph))
-    for graph in graphs:
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-    for node in (n for owner in (*graphs, *model.functions) for n in owner.node):
-        for attribute in node.attribute:
-            yield from attribute.tensors
-            if attribute.HasField("t"):
-                yield attribute.t
-
-
-def _refuse_unloaded(model: onnx.ModelProto) -> None:
-    for tensor in _tensors(model):
-        if external_data_helper.uses_external_data(tensor):
-            raise UserError(
-                "its data is in another file; load it, or give the model as a path", f"tensor '{tensor.name}'"
-            )
-
-
-def _load_external_data(model: onnx.ModelProto, path: Path) -> None:
-    """Read external tensors from beside the model, and from nowhere else."""
-    total = model.ByteSize()
-    for tensor in _tensors(model):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        where = f"{path}: tensor '{tensor.name}'"
-        info = {entry.key: entry.value for entry in tensor.external_data}
-        file = _external_file(path, info.get("location", ""), where)
-        try:
-            size = file.stat().st_size
-            offset = int(info.get("offset") or 0)
-            length = int(info.get("length") or size - offset)
-        except ValueError:
-            raise UserError("the offset or length of its external data is not a number", where) from None
-        if offset < 0 or length < 0 or offset + length > size:
-            raise UserError(f"its external data lies outside the {size} bytes of {file.name}", where)
-        total += length
-        if total > MAX_BYTES:
-            raise UserError("the model and its external data are larger than 2 GB", str(path))
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            tensor.raw_data = stream.read(length)
-        tensor.ClearField("external_data")
-        tensor.data_location = onnx.TensorProto.DEFAULT
-
-
-def _external_file(model: Path, location: str, where: str) -> Path:
-    """The file at `location` in the model's folder; links that lead out of it are refused, hard links too."""
-    folder = model.parent.resolve()
-    try:
-        file = (folder / location).resolve()
-        inside = bool(location) and not Path(location).is_absolute() and file.is_relative_to(folder)
-        if not inside or file == folder:
-            raise UserError(f"its external data {location!r} is not a file in the model's folder", where)
-        status = file.stat()
-    except (OSError, ValueError):
-        raise UserError(f"its external data {location!r} cannot be read", where) from None
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise UserError(f"its external data {location!r} is not a regular file of its own", where)
-    return file
-
-
 def _check_versions(model: onnx.ModelProto, where: str) -> None:
     if model.ir_version > onnx.IR_VERSION:
         raise UserError(f"IR version {model.ir_version} is newer than the newest known, {onnx.IR_VERSION}", where)
@@ -232,7 +159,7 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
 
 
 def _refuse_quantized(model: onnx.ModelProto, where: str) -> None:
-    for owner in (*_graphs(model.graph), *model.functions):
+    for owner in (*graphs(model.graph), *model.functions):
         for node in owner.node:
             op = node.op_type
             if op in _QUANTIZED or op.startswith(("QLinear", "QGemm", "QAttention")) or node.domain == functions.DOMAIN:
@@ -251,7 +178,7 @@ def _check_functions(model: onnx.ModelProto, where: str) -> None:
             del pending[key]
     if pending:
         raise UserError(f"function {next(iter(pending))[1]!r} calls itself, or calls nest too deeply", where)
-    if sum(sizes.get((n.domain, n.op_type), 1) for g in _graphs(model.graph) for n in g.node) > 1_000_000:
+    if sum(sizes.get((n.domain, n.op_type), 1) for g in graphs(model.graph) for n in g.node) > 1_000_000:
         raise UserError("the model's functions inline to more than a million nodes", where)
 
 
@@ -262,6 +189,22 @@ def _make_initializers_constant(model: onnx.ModelProto) -> None:
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     model.ir_version = max(model.ir_version, 4)
+
+
+def _make_dense(model: onnx.ModelProto, where: str) -> None:
+    """Turn sparse initializers, which save space in files only, into ordinary ones."""
+    for graph in graphs(model.graph):
+        for sparse in graph.sparse_initializer:
+            if math.prod(sparse.dims) > MAX_BYTES // 8:
+                raise UserError(f"sparse initializer {sparse.values.name!r} is too large", where)
+            values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+            dense = np.zeros(tuple(sparse.dims), values.dtype)
+            if indices.ndim == 1:
+                dense.reshape(-1)[indices] = values
+            else:
+                dense[tuple(indices.T)] = values
+            graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+        del graph.sparse_initializer[:]
 
 
 def check_structure(model: onnx.ModelProto) -> None:

@@ -320,6 +320,16 @@ def test_functions_are_inlined() -> None:
     assert ops_of(load_model(onnx.parser.parse_model(text))) == ["Neg", "Relu"]
 
 
+@pytest.mark.parametrize("indices", [[1, 5], [[0, 1], [1, 2]]])
+def test_sparse_initializers_become_dense(indices: list[object]) -> None:
+    model = model_from_text("g (float[2,3] x) => (float[2,3] y) { y = Add(x, k) }")
+    values = numpy_helper.from_array(np.float32([7, 8]), "k")
+    positions = numpy_helper.from_array(np.array(indices, np.int64), "at")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, positions, [2, 3]))
+    [y] = run(load_model(model), {"x": np.zeros((2, 3), np.float32)})
+    assert y.tolist() == [[0, 7, 0], [0, 0, 8]]
+
+
 def test_loading_does_not_change_the_callers_model() -> None:
     model = net()
     before = model.SerializeToString(deterministic=True)
