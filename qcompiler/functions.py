@@ -1,6 +1,7 @@
 """The model-local functions of the integer form: standard ONNX integer operators under a clear name.
 
-ONNX Runtime inlines them when it loads a model; `onnx.reference` runs them as they are.
+ONNX Runtime inlines them when it loads a model. `onnx.reference` runs them as they are, but for Table: its GatherElements takes
+no more than 64 entries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ _HEAD = '<domain: "qcompiler", opset_import: ["" : 17]>'
 
 _BODIES = {
     # The product is made positive by 2**62, because ONNX shifts only unsigned integers; 2**62 >> shift is taken off again.
+    # Clip comes before that, on unsigned integers too: ONNX Runtime's Clip, Min and Max compare the lower halves of int64 as
+    # signed numbers on x86, so that 2**31 passes for less than 0.
     "Requantize": """
 Requantize (acc, multiplier, shift, zero_point, qmin, qmax) => (y) {
     one = Constant <value = uint64 {1}> ()
@@ -37,15 +40,19 @@ Requantize (acc, multiplier, shift, zero_point, qmin, qmax) => (y) {
     nudged = Add (bits, nudge)
     rounded = BitShift <direction = "RIGHT"> (nudged, shift)
     base_shifted = BitShift <direction = "RIGHT"> (base, shift)
-    rounded_signed = Cast <to = 7> (rounded)
     base_back = Cast <to = 7> (base_shifted)
-    value = Sub (rounded_signed, base_back)
     zero = Cast <to = 7> (zero_point)
-    moved = Add (value, zero)
+    offset = Sub (base_back, zero)
     low = Cast <to = 7> (qmin)
     high = Cast <to = 7> (qmax)
-    clipped = Clip (moved, low, high)
-    y = CastLike (clipped, zero_point)
+    low_lifted = Add (low, offset)
+    high_lifted = Add (high, offset)
+    low_bits = Cast <to = 13> (low_lifted)
+    high_bits = Cast <to = 13> (high_lifted)
+    clipped = Clip (rounded, low_bits, high_bits)
+    clipped_signed = Cast <to = 7> (clipped)
+    value = Sub (clipped_signed, offset)
+    y = CastLike (value, zero_point)
 }""",
     "Rescale": """
 Rescale (q, zero_point, multiplier) => (acc) {
@@ -54,15 +61,12 @@ Rescale (q, zero_point, multiplier) => (acc) {
     centred = Sub (wide, zero)
     acc = Mul (centred, multiplier)
 }""",
-    # A negative index counts from the end, so one table serves int8 and uint8.
+    # A negative index counts from the end, so one table serves int8 and uint8. GatherElements would be faster in ONNX Runtime,
+    # but onnx.reference cannot run it with more than 64 entries.
     "Table": """
 Table (q, table) => (y) {
-    flat_shape = Constant <value = int64[1] {-1}> ()
-    flat = Reshape (q, flat_shape)
-    index = Cast <to = 6> (flat)
-    looked_up = GatherElements (table, index)
-    shape = Shape (q)
-    y = Reshape (looked_up, shape)
+    index = Cast <to = 6> (q)
+    y = Gather (table, index)
 }""",
 }
 
