@@ -78,7 +78,8 @@ class GatherElements(OpRun):
 def test_the_reference_evaluator_agrees(part: Part) -> None:
     """The integer form needs no ONNX Runtime: the NumPy evaluator of the onnx package gives the same bits."""
     net = Net(np.random.default_rng(3))
-    model = net.model(6, [part(net, table(net, net.conv(FeatureMap("x", 3, 6), 8))).name])
+    x = part(net, table(net, net.conv(FeatureMap("x", 3, 6), 8)))
+    model = net.model(6, [net.conv(x, 4).name])
     model.opset_import[0].version = 19  # the first whose DequantizeLinear the evaluator knows
     integer = all_forms(model, INTEGER).integer
     feeds = random_feeds(integer)
