@@ -26,12 +26,12 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor that holds data: initializers and attributes, of subgraphs and functions too."""
-    graphs = list(graphs(model.graph))
-    for graph in graphs:
+    all_graphs = list(graphs(model.graph))
+    for graph in all_graphs:
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
-    for node in (n for owner in (*graphs, *model.functions) for n in owner.node):
+    for node in (n for owner in (*all_graphs, *model.functions) for n in owner.node):
         for attribute in node.attribute:
             yield from attribute.tensors
             if attribute.HasField("t"):
