@@ -91,7 +91,8 @@ def _along(values: Array, axis: int | None, rank: int) -> Array:
 def quantize(x: Array, params: QuantParams) -> Array:
     """QuantizeLinear: `clamp(RNE(x / scale) + zero_point, qmin, qmax)`, the division in float32."""
     spec = params.spec
-    scaled = np.asarray(x, np.float32) / _along(params.scale, spec.axis, np.ndim(x))
+    with np.errstate(over="ignore"):  # infinity saturates as well
+        scaled = np.asarray(x, np.float32) / _along(params.scale, spec.axis, np.ndim(x))
     q = np.clip(np.rint(scaled).astype(np.float64) + params.zero_point, spec.qmin, spec.qmax)
     return q.astype(spec.dtype)
 
@@ -180,7 +181,7 @@ def snap_weight_scale(wanted: ArrayLike, s_x: float, s_y: float) -> F32:
     The weights are quantized with the scale that this returns, so rounding m costs range, never precision of the rescale.
     """
     wanted = np.atleast_1d(np.asarray(wanted, np.float64))
-    m = np.maximum(np.ceil(wanted * s_x / s_y * 2.0**SHIFT - 1e-4), 1)
+    m = np.maximum(np.ceil(wanted * s_x / s_y * 2.0**SHIFT * (1 - 2.0**-21)), 1)
     return scale_for_multiplier(m, s_x, s_y)
 
 
@@ -207,10 +208,13 @@ def scale_for_multiplier(m: ArrayLike, s_x: float, s_y: float) -> F32:
 
 
 def snap_ratio(s_a: float, s_c: float, shift: int = RATIO_SHIFT, limit: float = np.inf) -> np.float32:
-    """The float32 scale nearest to `s_a`, at most `limit`, for which `fl(s_a / s_c)` is exactly `m * 2**-shift`, m >= 1."""
+    """The float32 scale nearest to `s_a`, at most `limit`, for which `fl(s_a / s_c)` is exactly `m * 2**-shift`, m >= 1.
+
+    Powers of two always fit, so there is one unless `limit` is below `s_c * 2**-shift`: ValueError then.
+    """
     base = np.float32(s_c)
     m = max(1.0, np.rint(min(float(s_a), limit) / float(base) * 2.0**shift))
-    steps = (delta * sign for delta in range(64) for sign in (1, -1))
+    steps = (delta * sign for delta in range(int(m)) for sign in (1, -1))
     for step in steps:
         if m + step < 1:
             continue
@@ -219,7 +223,7 @@ def snap_ratio(s_a: float, s_c: float, shift: int = RATIO_SHIFT, limit: float = 
         good = near[(near / base == target) & (near <= limit)]
         if good.size:
             return np.float32(good[0])
-    raise ValueError(f"no float32 scale near {s_a} has a dyadic ratio to {s_c}")
+    raise ValueError(f"no float32 scale up to {limit} has a dyadic ratio to {s_c}")
 
 
 def snap_scale(factor_of: Callable[[F32], F32], wanted: float, at_least: bool, shift: int = SHIFT) -> np.float32 | None:
@@ -232,15 +236,15 @@ def snap_scale(factor_of: Callable[[F32], F32], wanted: float, at_least: bool, s
     rising = float(factor_of(np.asarray([wanted * 1.01], np.float32))[0]) * 2.0**shift > exact
     up = at_least == rising
     start = np.ceil(exact - 1e-6) if up else np.floor(exact + 1e-6)
-    steps = [d * (1 if up else -1) for d in range(33)] + [d * (-1 if up else 1) for d in range(1, 33)]
-    for m in (start + step for step in steps):
-        if m < 1:
-            continue
-        near = neighbours(np.asarray(wanted * (m / exact if rising else exact / m)))
-        good = near[factor_of(near) == np.float32(m * 2.0**-shift)]
-        if good.size:
-            return np.float32(good[0])
-    return None
+    steps = np.arange(33 + int(exact / 16)) * (1 if up else -1)
+    m = np.concatenate([start + steps, start - steps[1:]])
+    m = m[m >= 1]
+    near = neighbours(wanted * (m / exact if rising else exact / m))
+    hit = factor_of(near) == (m * 2.0**-shift).astype(np.float32)
+    if not hit.any():
+        return None
+    nearest = int(hit.any(axis=0).argmax())
+    return np.float32(near[hit[:, nearest].argmax(), nearest])
 
 
 def round_shift(values: I64, shift: int) -> I64:
