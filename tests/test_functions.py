@@ -31,7 +31,6 @@ def call(name: str, inputs: dict[str, np.ndarray], result: int) -> onnx.ModelPro
         [declare(k, kinds[k], v.shape) for k, v in inputs.items()],
         [declare("y", result, None)],
     )
-    graph.output[0].type.tensor_type.ClearField("shape")
     opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(functions.DOMAIN, 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     model.functions.append(functions.proto(name))
@@ -90,7 +89,9 @@ def test_table_is_indexed_by_the_bit_pattern(dtype: type) -> None:
 def test_functions_are_valid_and_documented(name: str) -> None:
     function = functions.proto(name)
     inputs = {operand: np.zeros((), np.int32) for operand in function.input}
-    onnx.checker.check_model(call(name, inputs, onnx.TensorProto.INT32))
+    model = call(name, inputs, onnx.TensorProto.INT32)
+    model.graph.output[0].type.tensor_type.shape.SetInParent()
+    onnx.checker.check_model(model)
     assert function.doc_string
 
 

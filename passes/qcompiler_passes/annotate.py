@@ -63,7 +63,7 @@ class _Choice:
                 self.reasons[root] = reason
 
     def _kept(self, block: Block) -> str | None:
-        names = (*block.nodes, *block.outputs)
+        names = (*block.nodes, *(t.name for name in block.nodes for t in self.nodes[name].outputs))
         for pattern in self.state.keep_float:
             if any(fnmatchcase(name, pattern) for name in names):
                 return f"kept in float as {pattern!r} asks"
