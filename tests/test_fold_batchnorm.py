@@ -191,6 +191,53 @@ def test_moves_behind_max_pool() -> None:
     assert ops_of(folded(POOLED, positive, shapes=True)) == ["Relu", "MaxPool", "Conv"]
 
 
+@pytest.mark.parametrize(
+    ("between", "gamma", "rest"),
+    [
+        ("r = Relu(a)", [1, 2, 3], ["Add"]),
+        ("r = Relu(a)", [1, -2, 0], ["Mul", "Add"]),
+        ("r = LeakyRelu<alpha=0.3>(a)", [1, 2, 3], ["Add"]),
+        ("q = MaxPool<kernel_shape=[2,2]>(a)\n r = Relu(q)", [1, -2, 3], ["Mul", "Add"]),
+    ],
+)
+def test_positive_scales_go_before_the_activation(between: str, gamma: list[float], rest: list[str]) -> None:
+    text = f"g (float[1,2,6,6] x) => (float[1,3,h,w] y) {{\n a = Conv(x, w)\n {between}\n y = {BN}(r, g, b, m, v)\n}}"
+    constants = parameters(3) | {"w": normal(3, 2, 3, 3), "g": np.asarray(gamma, np.float32)}
+    ops = ops_of(folded(text, constants, shapes=True))
+    assert [op for op in ops if op in ("Mul", "Add")] == rest
+    assert BN not in ops
+
+
+@pytest.mark.parametrize("other", ["r", "a"])
+def test_scales_stay_behind_an_activation_that_something_else_reads(other: str) -> None:
+    text = f"""g (float[1,3,5,5] x) => (float[1,3,5,5] y) {{
+        a = Conv(x, w)
+        r = Relu(a)
+        s = {BN}(r, g, b, m, v)
+        y = Add(s, {other})
+    }}"""
+    after = folded(text, parameters(3) | {"w": normal(3, 3, 1, 1), "g": np.array([1, 2, 3], np.float32)}, shapes=True)
+    assert BN in ops_of(after)
+
+
+def test_scales_before_the_activation_do_not_reach_the_next_weights() -> None:
+    text = f"""g (float[1,2,6,6] x) => (float[1,4,4,4] y) {{
+        a = Conv(x, w)
+        r = Relu(a)
+        s = {BN}(r, g, b, m, v)
+        y = Conv<pads=[1,1,1,1]>(s, u)
+    }}"""
+    constants = parameters(3) | {
+        "w": normal(3, 2, 3, 3),
+        "u": normal(4, 3, 3, 3),
+        "g": np.array([0.01, 1, 100], np.float32),
+    }
+    after = folded(text, constants, shapes=True)
+    assert ops_of(after) == ["Conv", "Relu", "Add", "Conv"]
+    arrays = {i.name: onnx.numpy_helper.to_array(i) for i in after.graph.initializer}
+    assert any(np.array_equal(a, constants["u"]) for a in arrays.values())
+
+
 def test_depthwise_option() -> None:
     constants = parameters(3) | {"w": normal(4, 3, 2, 2), "g": np.array([1, -1, 1], np.float32)}
     assert ops_of(folded(POOLED, constants, shapes=True, depthwise=True)) == ["Relu", "Conv", "MaxPool", "Conv"]
@@ -205,7 +252,7 @@ IMAGE = "float[1,3,5,5]"
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (f"a = Conv(x, w)\n r = Relu(a)\n y = {BN}(r, g, b, m, v)", "Relu"),
+        (f"a = ConvTranspose(x, w)\n s = {BN}(a, g, b, m, v)\n y = Add(s, a)", "read elsewhere"),
         (f"a = {BN}(x, g, b, m, v)\n y = Conv<pads=[1,1,1,1]>(a, w3)", "pads"),
         (f'a = {BN}(x, g, b, m, v)\n y = Conv<auto_pad="SAME_UPPER">(a, w3)', "pads"),
         (f"a = Conv(x, w)\n s = {BN}(a, g, b, m, v)\n y = Add(s, a)", "read elsewhere"),

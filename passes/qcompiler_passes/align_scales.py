@@ -17,6 +17,10 @@ LARGEST_FACTOR = 2.0**10
 """Of a rescale: the multiplier has 16 bits more, and must stay below 2**31."""
 
 
+LARGEST_FACTOR = 16.0
+"""The largest rescale factor from accumulator to output: an int32 multiplier of 2**20, far above what measured ranges give."""
+
+
 @dataclass(frozen=True)
 class AlignScales:
     """Make Add, Mul and GlobalAveragePool exact in integers.
@@ -37,6 +41,7 @@ class AlignScales:
         """Return the number of tensors whose scale moved."""
         solver = _Solver(state)
         nodes = {n.name: n for n in state.graph.nodes}
+        solver.bound_factors([nodes[root] for root, block in state.blocks.items() if block.quantized])
         for root, block in reversed(list(state.blocks.items())):
             if not block.quantized or root not in nodes:
                 continue
@@ -117,6 +122,18 @@ class _Solver:
             for member in self.members[leader]:
                 self.state.params[member] = self.state.params[member].with_scale(scale)
         return True
+
+    def bound_factors(self, nodes: list[Node]) -> None:
+        """Widen outputs whose steps are finer than their accumulators can use, as those of a layer that is always zero."""
+        for node in nodes:
+            output = self.state.blocks[node.name].outputs[0]
+            is_mac = self.state.ops[op_key(node.op, node.domain)].lowering is Lowering.MAC
+            if not is_mac or output not in self.state.params:
+                continue
+            largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0))
+            finest = float(self.scale(node.inputs[0].name)) * largest / self.state.target.weight.qmax
+            if finest > LARGEST_FACTOR * float(self.scale(output)):
+                self.move(output, np.float32(finest / LARGEST_FACTOR))
 
     def join(self, name: str, to: str) -> None:
         """Let two classes of tensors share their params from now on."""
