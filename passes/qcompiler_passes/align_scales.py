@@ -13,10 +13,6 @@ from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import F32, QuantParams
 from qcompiler.state import CompileState, Phase
 
-LARGEST_FACTOR = 2.0**10
-"""Of a rescale: the multiplier has 16 bits more, and must stay below 2**31."""
-
-
 LARGEST_FACTOR = 16.0
 """The largest rescale factor from accumulator to output: an int32 multiplier of 2**20, far above what measured ranges give."""
 
@@ -187,12 +183,12 @@ class _Solver:
         return bool(quant.is_dyadic(mean_factor(self.scale(x), self.scale(y), size)))
 
     def multipliers_fit(self, node: Node, output: str) -> bool:
-        """Whether the requantize multipliers of a Conv, Gemm or MatMul will be int32 numbers, with room to spare."""
+        """Whether the multipliers of a Conv, Gemm or MatMul are still int32 numbers after an Add moved its input's scale."""
         rule = self.state.ops[op_key(node.op, node.domain)]
         if rule.lowering is not Lowering.MAC or output not in self.state.params:
             return True
         largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0.0)) / self.state.target.weight.qmax
-        return float(self.scale(node.inputs[0].name)) * largest / float(self.scale(output)) < LARGEST_FACTOR
+        return float(self.scale(node.inputs[0].name)) * largest / float(self.scale(output)) < 64 * LARGEST_FACTOR
 
     def concat(self, inputs: list[str], output: str, tie: float) -> None:
         """Let inputs of nearly the output's range take its params: they need no rescale then."""
