@@ -1,0 +1,59 @@
+"""Compile time against the number of nodes: chains of Conv and Relu.
+
+python benchmarks/scaling.py [LENGTH...]          default: 100 300 1000 Convs
+
+The passes must be linear in the graph: the time per Conv should stay about the same.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+from rich.table import Table
+
+from qcompiler import compile_model
+
+LENGTHS = (100, 300, 1000)
+CHANNELS = 4
+SHAPE = (1, CHANNELS, 4, 4)
+SAMPLES = 4
+SLOWEST = 4
+
+
+def chain(length: int) -> onnx.ModelProto:
+    """A float model of `length` times Conv and Relu, with weights that keep the values' size."""
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+    for i in range(length):
+        weight = rng.standard_normal((CHANNELS, CHANNELS, 1, 1)) * (2 / CHANNELS) ** 0.5
+        bias = rng.standard_normal(CHANNELS) * 0.1
+        weights += [numpy_helper.from_array(a.astype(np.float32), f"{k}{i}") for k, a in (("w", weight), ("b", bias))]
+        nodes.append(helper.make_node("Conv", [f"x{i}", f"w{i}", f"b{i}"], [f"c{i}"], f"conv{i}"))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"x{i + 1}"], f"relu{i}"))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in ("x0", f"x{length}")]
+    graph = helper.make_graph(nodes, f"chain{length}", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def main() -> None:
+    table = Table("convs", "seconds", "ms per conv", "slowest passes")
+    rng = np.random.default_rng(1)
+    samples = [rng.standard_normal(SHAPE).astype(np.float32) for _ in range(SAMPLES)]
+    for length in [int(text) for text in sys.argv[1:]] or LENGTHS:
+        model = chain(length)
+        start = time.perf_counter()
+        report = compile_model(model, samples, compare=False).report
+        seconds = time.perf_counter() - start
+        slowest = sorted(report.passes, key=lambda p: -p.milliseconds)[:SLOWEST]
+        names = ", ".join(f"{p.name} {p.milliseconds / 1e3:.1f}" for p in slowest)
+        table.add_row(str(length), f"{seconds:.1f}", f"{1e3 * seconds / length:.1f}", names)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
