@@ -146,3 +146,25 @@ def test_origin_is_the_pool() -> None:
     model.graph.node[0].name = "pool"
     _, state = run_passes(model, NormalizePooling(), target=AS_CONV)
     assert list(state.origin.values()) == [("pool",)]
+
+
+@pytest.mark.parametrize("activation", ["Relu(p)", "Clip(p, low, high)"])
+def test_activation_moves_before_max_pool(activation: str) -> None:
+    text = f"""g (float[1,2,8,8] x) => (float[1,3,h,w] y) {{
+        c = Conv(x, k)
+        p = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(c)
+        y = {activation}
+    }}"""
+    constants = {"k": np.random.default_rng(0).standard_normal((3, 2, 3, 3)).astype(np.float32)}
+    bounds = {"low": np.float32(-0.5), "high": np.float32(1)}
+    after = _check(model_from_text(text, constants | bounds), ["Conv", activation.split("(")[0], "MaxPool"])
+    assert [o.name for o in after.graph.output] == ["y"]
+
+
+def test_activation_stays_behind_max_pool_of_a_tensor_read_elsewhere() -> None:
+    text = """g (float[1,2,8,8] x) => (float[1,2,8,8] c, float[1,2,7,7] y) {
+        c = Tanh(x)
+        p = MaxPool<kernel_shape=[2,2]>(c)
+        y = Relu(p)
+    }"""
+    _check(model_from_text(text), ["Tanh", "MaxPool", "Relu"])

@@ -13,6 +13,7 @@ from qcompiler import ir
 from qcompiler.ir import Node
 from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
 from qcompiler.state import CompileState, Phase
+from qcompiler_passes.form_blocks import activation_bounds
 from qcompiler_passes.match import reduced_axes, static_axis
 
 
@@ -20,7 +21,7 @@ from qcompiler_passes.match import reduced_axes, static_axis
 class NormalizePooling:
     """Turn a ReduceMean or an AveragePool over all of space into GlobalAveragePool, other AveragePools into depthwise Conv.
 
-    The Conv is made only where the target asks for `average-pool-as-conv`, and only if all windows have the same divisor.
+    A Relu or Clip behind a MaxPool moves before it, to the operator that can absorb it. The Conv is made only where the target asks for `average-pool-as-conv`, and only if all windows have the same divisor.
     """
 
     name: ClassVar[str] = "normalize-pooling"
@@ -29,7 +30,7 @@ class NormalizePooling:
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes rewritten."""
-        rules: dict[str, Rule] = {"ReduceMean": spatial_mean, "AveragePool": average_pool}
+        rules: dict[str, Rule] = {"ReduceMean": spatial_mean, "AveragePool": average_pool, "MaxPool": max_pool}
         return apply_rules(Rewriter(state), rules)
 
 
@@ -78,6 +79,23 @@ def average_pool(rewriter: Rewriter, node: Node) -> Refusal | None:
     if node.attrs.get("ceil_mode", 0) and not _windows_fit(node, kernel, pads):
         return Refusal("ceil_mode=1 may add windows that hang over the border", node.name)
     _depthwise_conv(rewriter, node, channels, kernel, pads)
+    return None
+
+
+def max_pool(rewriter: Rewriter, node: Node) -> Refusal | None:
+    """MaxPool, then Relu or Clip -> Relu or Clip, then MaxPool: what never decreases commutes with the maximum."""
+    source, result = node.inputs[0], node.outputs[0]
+    follower = rewriter.only_user(result)
+    if follower is None or activation_bounds(follower) is None or len(node.outputs) > 1:
+        return Refusal("no Relu or Clip alone reads the result", result.name)
+    if rewriter.only_user(source) is None or ir.producer(source) is None:
+        return Refusal("the input is also read elsewhere", source.name)
+    final = follower.outputs[0]
+    bounded = rewriter.variable(f"{follower.name}_output", source.dtype, source.shape)
+    rewriter.set_input(follower, 0, source)
+    rewriter.set_input(node, 0, bounded)
+    rewriter.take_output(node, final)
+    rewriter.take_output(follower, bounded)
     return None
 
 
