@@ -21,7 +21,8 @@ from qcompiler_passes.match import reduced_axes, static_axis
 class NormalizePooling:
     """Turn a ReduceMean or an AveragePool over all of space into GlobalAveragePool, other AveragePools into depthwise Conv.
 
-    A Relu or Clip behind a MaxPool moves before it, to the operator that can absorb it. The Conv is made only where the target asks for `average-pool-as-conv`, and only if all windows have the same divisor.
+    The Conv is made only where the target asks for `average-pool-as-conv`, and only if all windows have the same divisor.
+    A Relu or Clip behind a MaxPool moves before it, to the operator that can absorb it.
     """
 
     name: ClassVar[str] = "normalize-pooling"
