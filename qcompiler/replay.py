@@ -8,62 +8,70 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qcompiler import ir
-from qcompiler.ir import Graph, Tensor
+from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.runtime import run, session
 from qcompiler.state import Feeds
 
 
 class Replay:
-    """Holds the values of a growing front of tensors for every sample, and only as long as a later stop reads them.
+    """The values of a front of tensors for every sample, which moves through the graph from stop to stop.
 
-    `stops`: the tensors at which the graph will be stopped, producers before consumers. Every node before a stop runs once,
-    with the constants that it has at that moment, so each stop sees all changes made to the graph before it.
+    `stops`: tensors, producers before consumers. Each node before a stop runs once, with the constants that it has at that
+    moment, so that each stop sees all changes made to the graph before it. A value is held as long as a later piece reads it.
     """
 
     def __init__(self, graph: Graph, samples: Sequence[Feeds], stops: Sequence[Tensor]) -> None:
         self._opset = graph.opset
-        self._values: dict[str, list[NDArray[Any]]] = {
-            t.name: [sample[t.name] for sample in samples] for t in graph.inputs
-        }
-        self._count = len(samples)
-        front = {id(t): t for t in graph.inputs}
-        self._sources: list[list[Tensor]] = []
-        for stop in stops:
-            self._sources.append(_sources(stop, front))
-            front[id(stop)] = stop
         self._stops = list(stops)
-        self._position = 0
+        self._count = len(samples)
+        pieces = _pieces(self._stops)
+        self._plan = [_ends(nodes, pieces[i + 1 :], self._stops[i:]) for i, nodes in enumerate(pieces)]
+        self._values = {t.name: [sample[t.name] for sample in samples] for t in graph.inputs}
+        self._position = -1
 
     def advance(self) -> list[NDArray[Any]]:
-        """Compute the next stop from the values at hand; return its value per sample."""
-        stop, sources = self._stops[self._position], self._sources[self._position]
-        if stop.name not in self._values:
-            self._values[stop.name] = [values[0] for values in self.evaluate(sources, [stop])]
+        """Run the piece that ends with the next stop; return the stop's value per sample."""
         self._position += 1
-        result = self._values[stop.name]
-        needed = {t.name for later in self._sources[self._position :] for t in later}
+        inputs, outputs = self._plan[self._position]
+        if outputs:
+            rows = self.evaluate(inputs, outputs)
+            self._values |= {t.name: [row[i] for row in rows] for i, t in enumerate(outputs)}
+        stop = self._stops[self._position]
+        needed = {t.name for read, _ in self._plan[self._position + 1 :] for t in read}
+        needed |= {t.name for t in self._stops[self._position :]}
         self._values = {name: values for name, values in self._values.items() if name in needed}
-        self._values.setdefault(stop.name, result)
-        return result
+        return self._values[stop.name]
 
     def evaluate(self, sources: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[NDArray[Any]]]:
-        """The values of the wanted tensors per sample, computed from sources whose values are at hand."""
+        """The values of the wanted tensors, for each sample, computed from sources whose values are at hand."""
         runner = session(ir.submodel(sources, wanted, self._opset))
         return [run(runner, {t.name: self._values[t.name][i] for t in sources}) for i in range(self._count)]
 
 
-def _sources(stop: Tensor, front: dict[int, Tensor]) -> list[Tensor]:
-    """The tensors of the front from which `stop` is computed."""
-    found: dict[int, Tensor] = {}
+def _pieces(stops: Sequence[Tensor]) -> list[list[Node]]:
+    """For each stop, the nodes that it needs and that no earlier stop needed."""
     seen: set[int] = set()
-    stack = [stop]
-    while stack:
-        tensor = stack.pop()
-        if id(tensor) in front:
-            found[id(tensor)] = tensor
-            continue
-        for node in tensor.inputs:
+    pieces = []
+    for stop in stops:
+        piece: list[Node] = []
+        stack = list(stop.inputs)
+        while stack:
+            node = stack.pop()
             if id(node) not in seen:
                 seen.add(id(node))
-                stack += [t for t in (*node.inputs, *ir.captures(node)) if not t.is_empty()]
-    return list(found.values())
+                piece.append(node)
+                stack += [maker for tensor in _reads(node) for maker in tensor.inputs]
+        pieces.append(piece)
+    return pieces
+
+
+def _ends(piece: list[Node], later: list[list[Node]], stops: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a piece reads from before it, and what it makes that is read after it or is a stop."""
+    made = {id(t): t for n in piece for t in n.outputs if not t.is_empty()}
+    read = {id(t): t for n in piece for t in _reads(n) if id(t) not in made}
+    wanted = {id(t) for nodes in later for n in nodes for t in _reads(n)} | {id(t) for t in stops}
+    return list(read.values()), [t for key, t in made.items() if key in wanted]
+
+
+def _reads(node: Node) -> list[Tensor]:
+    return [t for t in (*node.inputs, *ir.captures(node)) if not t.is_empty() and not ir.is_constant(t)]

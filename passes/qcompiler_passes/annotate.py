@@ -82,7 +82,7 @@ class _Choice:
             array = ir.value(tensor)
             if array is not None and not np.all(np.isfinite(array)):
                 return f"constant {tensor.name!r} is not finite"
-        return None if any(not ir.is_constant(t) for t in tensors) else "it computes a constant"
+        return None if any(not ir.is_constant(t) for t in tensors) else "none of its inputs is an activation"
 
     def settle(self) -> None:
         """Take non-anchors out until each that is left has quantized neighbours on both sides."""
@@ -113,8 +113,18 @@ class _Choice:
         root = self.block_of.get(maker.name)
         if root is None or root in self.reasons:
             return False
-        op = self.nodes[root].op
-        return not (rule.lowering is Lowering.TABLE and op in self.state.target.float_result)
+        return not (rule.lowering is Lowering.TABLE and self._gives_float(root))
+
+    def _gives_float(self, root: str) -> bool:
+        """Whether a kernel with a float result makes what this block passes on, so that a float function costs no Q and DQ."""
+        while self.rules[root].lowering is Lowering.MOVE:
+            maker = ir.producer(self.nodes[root].inputs[0])
+            if maker is None or maker.name not in self.block_of:
+                return False
+            root = self.block_of[maker.name]
+            if root not in self.rules:
+                return False
+        return self.nodes[root].op in self.state.target.float_result
 
     def quantized_readers(self, tensor_name: str) -> list[Node]:
         """The quantized block roots that read the tensor as an activation."""
