@@ -13,7 +13,7 @@ from qcompiler import emit as emitter
 from qcompiler import ir
 from qcompiler.data import Preprocess, Source, as_source
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Operators, Timing, Verify, silence_graphsurgeon
+from qcompiler.instrument import Dump, Operators, Timing, Verify
 from qcompiler.load import input_specs, load_model
 from qcompiler.measure import measure
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
@@ -34,6 +34,34 @@ Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)
+class CompileOptions:
+    """What decides how a model is compiled; see `compile_model`."""
+
+    emit: str = "kernels"
+    collector: str | None = None
+    samples: int | None = None
+    target: str | Target = DEFAULT_TARGET
+    per_tensor: bool = False
+    passes: str | None = None
+    until: str | None = None
+    keep_float: Iterable[str] = ()
+    preprocess: Preprocess | None = None
+    load: Iterable[str | Path] = ()
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compilation that is ready to run: the state at its start, the pipeline, and what it was made from."""
+
+    state: CompileState
+    pipeline: Pipeline
+    float_model: onnx.ModelProto
+    split: Split | None
+    registry: Registry
+
+
+@dataclass(frozen=True)
 class CompileResult:
     """A compiled model, the facts about it, and where it was written (None if nowhere)."""
 
@@ -42,86 +70,89 @@ class CompileResult:
     path: Path | None = None
 
 
+def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOptions) -> Job:
+    """Load the model, the plug-ins and the calibration data. Raises UserError for whatever the caller can mend."""
+    registry = load_registry(Path(p) for p in options.load)
+    target = _target(registry, options.target, options.per_tensor)
+    pipeline = _pipeline(registry, options)
+    float_model = load_model(model)
+    specs = input_specs(float_model)
+    split = None if calib is None else Split(as_source(calib, specs, options.preprocess, options.samples))
+    if split is None and any(p.name == "calibrate" for p in pipeline.passes):
+        raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
+    state = CompileState(
+        ir.from_proto(float_model),
+        target,
+        registry.ops,
+        keep_float=tuple(options.keep_float),
+        collectors=registry.collectors,
+        calibration=split,
+        progress=options.progress,
+        metadata={p.key: p.value for p in float_model.metadata_props},
+    )
+    return Job(state, pipeline, float_model, split, registry)
+
+
 def compile_model(
     model: str | Path | onnx.ModelProto,
     calib: Any = None,
     *,
     output: str | Path | None = None,
-    emit: str = "kernels",
-    collector: str | None = None,
-    samples: int | None = None,
-    target: str | Target = DEFAULT_TARGET,
-    per_tensor: bool = False,
-    passes: str | None = None,
-    until: str | None = None,
-    keep_float: Iterable[str] = (),
-    preprocess: Preprocess | None = None,
-    load: Iterable[str | Path] = (),
     verify: bool = True,
     compare: bool = True,
     dump: str | Path | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> CompileResult:
     """Compile a float ONNX model to int8; write it if `output` is given.
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
+    verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples that
+    are held back from calibration. dump: a folder for the model after every pass. options: the fields of `CompileOptions`:
     emit: `kernels` (fast), `integer` or `qdq`; all three compute the same. collector: how ranges are measured. samples: use at
-    most so many. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one,
-    until: a pass or phase to stop after. load: plug-in files. compare: measure accuracy and speed against the float model on
-    samples that are held back from calibration.
+    most so many. target, per_tensor: the hardware, one weight scale per tensor. keep_float: patterns of node or output names.
+    passes: a pipeline in text form instead of the default one, until: a pass or phase to stop after. preprocess: of images.
+    load: plug-in files. progress: called with samples done and samples in all.
 
     Raises UserError for whatever the caller can mend.
     """
-    silence_graphsurgeon()
-    source = None if isinstance(model, onnx.ModelProto) else Path(model)
     target_path = None if output is None else Path(output)
-    registry = load_registry(Path(p) for p in load)
-    chosen = _target(registry, target, per_tensor)
-    pipeline = _pipeline(registry, emit, passes, until, collector)
     if target_path is not None:
-        emitter.check_path(target_path, source)
-    float_model = load_model(model)
-    split = None if calib is None else Split(as_source(calib, input_specs(float_model), preprocess, samples))
-    if split is None and any(p.name == "calibrate" for p in pipeline.passes):
-        raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
-
-    state = CompileState(
-        ir.from_proto(float_model),
-        chosen,
-        registry.ops,
-        keep_float=tuple(keep_float),
-        collectors=registry.collectors,
-        calibration=split,
-        progress=progress,
-        metadata={p.key: p.value for p in float_model.metadata_props},
-    )
+        emitter.check_path(target_path, None if isinstance(model, onnx.ModelProto) else Path(model))
+    job = prepare(model, calib, CompileOptions(**options))
     timing, operators = Timing(), Operators()
     instruments: list[Instrument] = [timing, operators]
     instruments += [Dump(Path(dump))] if dump is not None else []
     instruments += [Verify()] if verify else []
-    pipeline.run(state, instruments)
-
-    made_by = {"pipeline": str(pipeline)} | ({} if split is None else {"calibration": split.source.digest()})
-    compiled = emitter.to_model(state, made_by)
-    emitter.check(compiled, float_model)
+    job.pipeline.run(job.state, instruments)
+    compiled = finish(job)
     report = Report(
-        source=str(source or float_model.graph.name),
+        source=job.float_model.graph.name if isinstance(model, onnx.ModelProto) else str(model),
         path=None if target_path is None else str(target_path),
-        target=chosen.name,
-        emit=state.phase.name.lower(),
-        pipeline=str(pipeline),
-        layers=layers_of(state, operators.of),
-        bytes=(float_model.ByteSize(), compiled.ByteSize()),
-        notes=list(state.notes),
+        target=job.state.target.name,
+        emit=job.state.phase.name.lower(),
+        pipeline=str(job.pipeline),
+        layers=layers_of(job.state, operators.of),
+        bytes=(job.float_model.ByteSize(), compiled.ByteSize()),
+        notes=list(job.state.notes),
         passes=timing.passes,
     )
-    if split is not None:
-        _describe_samples(report, split)
+    if job.split is not None:
+        _describe_samples(report, job.split)
         if compare:
-            measure(report, float_model, compiled, split.held_back)
+            measure(report, job.float_model, compiled, job.split.held_back)
     if target_path is not None:
         emitter.write(compiled, target_path)
     return CompileResult(compiled, report, target_path)
+
+
+def finish(job: Job) -> onnx.ModelProto:
+    """The model of a job whose pipeline has run, with what made it in its metadata, checked and loaded once."""
+    made_by = {"pipeline": str(job.pipeline)}
+    if job.split is not None:
+        made_by["calibration"] = job.split.source.digest()
+    compiled = emitter.to_model(job.state, made_by)
+    emitter.check(compiled, job.float_model)
+    return compiled
 
 
 def _describe_samples(report: Report, split: Split) -> None:
@@ -177,19 +208,19 @@ def _target(registry: Registry, target: str | Target, per_tensor: bool) -> Targe
     return replace(target, per_channel=False) if per_tensor else target
 
 
-def _pipeline(registry: Registry, emit: str, passes: str | None, until: str | None, collector: str | None) -> Pipeline:
-    if emit not in LAST_PASS:
-        raise UserError(f"no form is called {emit!r}; choose {', '.join(LAST_PASS)}", "--emit")
-    if passes is not None:
-        pipeline = parse_pipeline(registry.pipelines.get(passes, passes), registry.passes)
+def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
+    if options.emit not in LAST_PASS:
+        raise UserError(f"no form is called {options.emit!r}; choose {', '.join(LAST_PASS)}", "--emit")
+    if options.passes is not None:
+        pipeline = parse_pipeline(registry.pipelines.get(options.passes, options.passes), registry.passes)
     else:
         pipeline = parse_pipeline(registry.pipelines["default"], registry.passes)
-        last = LAST_PASS[emit]
+        last = LAST_PASS[options.emit]
         if last is not None:
             pipeline = Pipeline((*pipeline.until(last).passes, registry.passes["cleanup"]()))
-    if collector is not None:
-        pipeline = _with_collector(registry, pipeline, collector)
-    return pipeline if until is None else pipeline.until(until)
+    if options.collector is not None:
+        pipeline = _with_collector(registry, pipeline, options.collector)
+    return pipeline if options.until is None else pipeline.until(options.until)
 
 
 def _with_collector(registry: Registry, pipeline: Pipeline, collector: str) -> Pipeline:

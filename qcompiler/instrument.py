@@ -7,18 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from onnx_graphsurgeon.logger import G_LOGGER
 
 from qcompiler import ir
 from qcompiler.errors import UserError
 from qcompiler.pipeline import Pass
 from qcompiler.state import CompileState
 from qcompiler.verify import verify
-
-
-def silence_graphsurgeon() -> None:
-    """Stop onnx-graphsurgeon from printing: what matters is raised."""
-    G_LOGGER.severity = G_LOGGER.CRITICAL
 
 
 class Watcher:

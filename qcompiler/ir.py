@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from qcompiler import functions
 
@@ -23,6 +24,8 @@ Node = gs.Node
 Tensor = gs.Tensor
 Variable = gs.Variable
 Constant = gs.Constant
+
+G_LOGGER.severity = G_LOGGER.CRITICAL  # it prints; what matters is raised
 
 IR_VERSION = 10
 CONTRIB_DOMAIN = "com.microsoft"

@@ -1,0 +1,112 @@
+"""qcompile compile: the main job."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qcompiler.options import (
+    FORMATTING,
+    IMAGES,
+    PATH,
+    data_options,
+    json_option,
+    pipeline_options,
+    preprocess,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from qcompiler.compile import CompileResult
+    from qcompiler.instrument import PassTime
+
+EPILOG = """\b
+Examples:
+  qcompile model.onnx --calib samples/                    samples/: images, .npy, .npz or ONNX test data
+  qcompile model.onnx --calib photos/ --preset imagenet   photos as torchvision prepares them
+  qcompile model.onnx --calib x.npz -o small.onnx --emit qdq
+  qcompile model.onnx --calib x.npz --keep-float '/head/*' -v
+"""
+
+
+@click.command("compile", context_settings=FORMATTING, epilog=EPILOG)
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The file to write.  [default: MODEL-stem.int8.onnx beside the model]")
+@data_options
+@pipeline_options
+@click.option("--dump", type=PATH, metavar="DIR", help="Write the model after every pass.")
+@click.option("--time", "show_time", is_flag=True, help="Show what each pass took.")
+@click.option("--no-verify", is_flag=True, help="Do not check the invariants after every pass.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-v", "--verbose", is_flag=True, help="List every layer that stays float, and the kernels.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(
+    model: Path,
+    output: Path | None,
+    show_time: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,
+    dump: Path | None,
+    **options: Any,
+) -> None:
+    """Compile MODEL and write MODEL-stem.int8.onnx."""
+    from qcompiler.compile import compile_model  # noqa: PLC0415  (so that --help is quick)
+
+    calib, images = options.pop("calib"), preprocess(options)
+    output = model.with_name(f"{model.stem}.int8.onnx") if output is None else output
+    with progress_bar(not quiet) as progress:
+        result = compile_model(
+            model,
+            calib,
+            output=output,
+            verify=not no_verify,
+            compare=as_json or not quiet,
+            dump=dump,
+            preprocess=images,
+            progress=progress,
+            **{key: value for key, value in options.items() if key not in IMAGES},
+        )
+    try:
+        if as_json:
+            click.echo(json.dumps(result.report.to_dict()))
+        elif not quiet:
+            _print_summary(result, verbose, show_time)
+    except BrokenPipeError:  # whoever read the summary has gone; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_summary(result: CompileResult, verbose: bool, show_time: bool) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    (title, subtitle), *rows = result.report.rows(verbose)
+    labels = [what if i == 0 or rows[i - 1][0] != what else "" for i, (what, _) in enumerate(rows)]
+    console = Console(highlight=False)
+    if console.is_terminal:
+        grid = Table.grid(padding=(0, 2))
+        for label, (_, value) in zip(labels, rows, strict=True):
+            grid.add_row(Text(f"  {label}", style="bold"), Text(value))
+        console.print(Text(title, style="bold green"), Text(subtitle), Text(""), sep="  ", end="\n")
+        console.print(grid)
+    else:
+        click.echo(f"{title}  {subtitle}")
+        for label, (_, value) in zip(labels, rows, strict=True):
+            click.echo(f"  {label:<10} {value}")
+    if show_time:
+        _print_times(result.report.passes)
+
+
+def _print_times(passes: list[PassTime]) -> None:
+    click.echo(f"  {'pass':<24} {'rewrites':>8} {'ms':>9} {'nodes':>6}")
+    for p in passes:
+        click.echo(f"  {p.name:<24} {p.rewrites:>8} {p.milliseconds:>9.1f} {p.nodes:>6}")
