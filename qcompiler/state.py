@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any
 
 from numpy.typing import NDArray
 
+from qcompiler import ir
 from qcompiler.collectors import COLLECTORS, Collector
 from qcompiler.ir import Graph
 from qcompiler.ops import OpRule
@@ -77,6 +79,12 @@ class CompileState:
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rewrite_limit: int | None = None
+
+    def clone(self) -> CompileState:
+        """A copy that passes can edit without a change to this one. Arrays are shared; nothing edits them in place."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tables = {name: copy(value) for name, value in values.items() if isinstance(value, (dict, list, set))}
+        return replace(self, graph=ir.from_proto(ir.to_proto(self.graph)), **tables)
 
     def leader(self, tensor: str) -> str:
         """The tensor whose params `tensor` shares; itself if it has its own."""

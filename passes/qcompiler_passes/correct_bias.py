@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -140,14 +140,8 @@ def _mean(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
 
 def _quantized_twin(state: CompileState) -> Graph:
     """The graph as insert-qdq will write it, for measurement."""
-    twin = replace(
-        state,
-        graph=ir.from_proto(ir.to_proto(state.graph)),
-        blocks=dict(state.blocks),
-        params=dict(state.params),
-        origin=dict(state.origin),
-        rewrite_limit=None,
-    )
+    twin = state.clone()
+    twin.rewrite_limit = None
     InsertQdq().run(twin)
     return twin.graph
 
