@@ -83,7 +83,9 @@ class CompileState:
     def clone(self) -> CompileState:
         """A copy that passes can edit without a change to this one. Arrays are shared; nothing edits them in place."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tables = {name: copy(value) for name, value in values.items() if isinstance(value, (dict, list, set))}
+        tables: dict[str, Any] = {
+            name: copy(value) for name, value in values.items() if isinstance(value, (dict, list, set))
+        }
         return replace(self, graph=ir.from_proto(ir.to_proto(self.graph)), **tables)
 
     def leader(self, tensor: str) -> str:
