@@ -39,7 +39,7 @@ def quantize(model: Path, calib: Path, preset: str | None, out: Path) -> None:
     """Write the quantized model."""
     proto = onnx.load(model)
     source = open_source(calib, input_specs(proto), PRESETS[preset] if preset else None)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it leaves files in the current folder
         raised, prepared = Path(folder, "raised.onnx"), Path(folder, "prepared.onnx")
         opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
         onnx.save(proto if opset >= OLDEST_OPSET else onnx.version_converter.convert_version(proto, 17), raised)
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        quantize(given.model, given.calib, given.preset, given.output)
+        quantize(given.model.resolve(), given.calib.resolve(), given.preset, given.output.resolve())
 
 
 if __name__ == "__main__":
