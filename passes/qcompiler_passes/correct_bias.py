@@ -92,7 +92,8 @@ def _shift(wanted: F64, measured: F64, active: F64) -> F64:
     error = wanted - measured
     mean = error.mean(axis=0)
     variance = error.var(axis=0) / len(error)
-    certainty = np.clip(1 - variance / np.maximum(np.square(mean), np.finfo(np.float64).tiny), 0, 1)
+    signal = np.square(mean)
+    certainty = np.divide(np.maximum(signal - variance, 0), signal, out=np.zeros_like(mean), where=signal > variance)
     share = active.mean(axis=0)
     return np.where(share > 0, mean * certainty / np.maximum(share, LEAST_ACTIVE), 0)
 

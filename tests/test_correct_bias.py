@@ -1,0 +1,109 @@
+"""correct-bias takes the mean error of quantization out of the layers, and no more than that."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from qcompiler_passes.correct_bias import CorrectBias, _shift
+from qcompiler_passes.insert_qdq import InsertQdq
+
+from qcompiler import ir
+from qcompiler.state import CompileState
+from tests.forms import TO_QDQ, advance, compiled, graph_text, weights
+from tests.support import run
+
+TEXT = """g (float[1,4,8,8] x) => (float[1,6] y) {
+    a = Conv<pads=[1,1,1,1]>(x, w, b)
+    r = Relu(a)
+    c = Conv(r, v)
+    s = Clip(c, zero, one)
+    p = GlobalAveragePool(s)
+    f = Flatten(p)
+    y = Gemm(f, u, d)
+}"""
+
+
+def _model() -> onnx.ModelProto:
+    constants = {
+        "w": weights(8, 4, 3, 3),
+        "b": weights(8),
+        "v": weights(8, 8, 1, 1),
+        "u": weights(8, 6),
+        "d": weights(6),
+    }
+    return graph_text(TEXT, zero=0.0, one=1.0, **constants)
+
+
+def _calibrated(coarse: float = 1.0) -> CompileState:
+    """A calibrated state; weight scales are `coarse` times too large, so that rounding shifts means."""
+    state = compiled(_model(), *TO_QDQ[:-1])
+    for node in state.graph.nodes:
+        if node.op == "Conv":
+            params = state.params[node.inputs[1].name]
+            state.params[node.inputs[1].name] = params.with_scale(params.scale * coarse)
+    return state
+
+
+def _mean_error(state: CompileState) -> float:
+    """How far the mean of each output of the quantized model is off, over the calibration samples."""
+    assert state.calibration is not None
+    samples = list(state.calibration)
+    quantized, exact = ir.to_proto(state.graph), _model()
+    errors = [run(quantized, sample)[0] - run(exact, sample)[0] for sample in samples]
+    return float(np.abs(np.mean(errors, axis=0)).mean())
+
+
+def test_removes_the_mean_error_of_coarse_weights() -> None:
+    plain = advance(_calibrated(coarse=16), InsertQdq())
+    corrected = advance(_calibrated(coarse=16), CorrectBias(), InsertQdq())
+    assert _mean_error(corrected) < 0.3 * _mean_error(plain)
+
+
+def test_counts_the_layers_and_a_second_run_does_nothing() -> None:
+    state = _calibrated()
+    assert CorrectBias().run(state) == 3
+    assert sorted(state.corrected) == sorted(n.name for n in state.graph.nodes if n.op in ("Conv", "Gemm"))
+    before = ir.text(state.graph)
+    assert CorrectBias().run(state) == 0
+    assert ir.text(state.graph) == before
+
+
+def test_gives_a_layer_without_bias_one() -> None:
+    state = _calibrated()
+    CorrectBias().run(state)
+    assert all(len(n.inputs) == 3 for n in state.graph.nodes if n.op == "Conv")
+
+
+def test_is_deterministic() -> None:
+    texts = set()
+    for _ in range(2):
+        state = _calibrated(coarse=16)
+        CorrectBias().run(state)
+        texts.add(ir.text(state.graph))
+    assert len(texts) == 1
+
+
+def test_leaves_the_quantized_form_alone() -> None:
+    state = advance(_calibrated(), InsertQdq())
+    assert CorrectBias().run(state) == 0
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_reduces_over_all_axes_but_the_channels_at_any_opset(opset: int) -> None:
+    state = compiled(
+        graph_text("g (float[1,3,9] x) => (float[1,4,7] y) { y = Conv(x, w) }", opset, w=weights(4, 3, 3)), *TO_QDQ[:-1]
+    )
+    assert CorrectBias().run(state) == 1
+
+
+def test_shift_is_the_mean_error_where_it_is_certain() -> None:
+    wanted = np.array([[1.0, 5.0], [1.0, -5.0], [1.0, 5.0], [1.0, -5.0]])
+    shift = _shift(wanted, np.zeros_like(wanted), np.ones_like(wanted))
+    np.testing.assert_array_equal(shift, [1.0, 0.0])
+
+
+def test_shift_reaches_the_mean_through_the_share_that_it_moves() -> None:
+    ones = np.ones((3, 3))
+    shares = ones * [0.5, 0.01, 0.0]
+    np.testing.assert_allclose(_shift(ones, 0 * ones, shares), [2.0, 10.0, 0.0])
