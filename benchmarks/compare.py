@@ -139,7 +139,7 @@ def size(model: Path) -> int:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a table."""
+    """Print a table, and what failed."""
     table = Table(caption="speed: time of the float model / time of the int8 model")
     console = Console()
     console.width = max(console.width, WIDTH)
@@ -148,12 +148,15 @@ def show(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*cells(row), end_section=row.compiler == COMPILERS[-1])
     console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.model}: {row.compiler} failed: {row.error}", markup=False, highlight=False)
 
 
 def cells(row: Row) -> list[str]:
     """The table's texts of one row."""
     if row.error:
-        return [row.model, row.compiler, row.error]
+        return [row.model, row.compiler, "failed"]
     scores = "" if row.accuracy is None else f"{row.float_accuracy:.1f} -> {row.accuracy:.1f} %"
     return [
         row.model,
