@@ -69,6 +69,18 @@ def test_counts_the_layers_and_a_second_run_does_nothing() -> None:
     assert ir.text(state.graph) == before
 
 
+def test_needs_no_shapes() -> None:
+    state, blind = _calibrated(), _calibrated()
+    for tensor in ir.tensors(blind.graph):
+        if not ir.is_constant(tensor):
+            tensor.shape = None
+    CorrectBias().run(state)
+    assert CorrectBias().run(blind) == 3
+    for node, same in zip(state.graph.nodes, blind.graph.nodes, strict=True):
+        if node.op in ("Conv", "Gemm"):
+            np.testing.assert_array_equal(ir.array(node.inputs[2]), ir.array(same.inputs[2]))
+
+
 def test_gives_a_layer_without_bias_one() -> None:
     state = _calibrated()
     CorrectBias().run(state)

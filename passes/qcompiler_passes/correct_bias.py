@@ -112,7 +112,7 @@ def _float_means(graph: Graph, layers: list[Node], blocks: list[Block], samples:
 def _tap(graph: Graph, node: Node, block: Block) -> list[Tensor]:
     """Add to the graph, for each channel of a layer: the mean behind the activation, and the share that the bias moves."""
     raw = node.outputs[0]
-    rank = len(ir.shape(raw) or ir.shape(node.inputs[0]) or ())
+    rank = _rank(node)
     axes = [i for i in range(rank) if i != (1 if node.op == "Conv" else rank - 1)]
     bounds = [
         ir.Constant(f"{raw.name}_{which}", np.asarray(np.clip(bound, *_FINITE), np.float32))
@@ -121,6 +121,14 @@ def _tap(graph: Graph, node: Node, block: Block) -> list[Tensor]:
     clipped = _append(graph, "Clip", [raw, *bounds], np.float32)
     within = _append(graph, "Cast", [_append(graph, "Equal", [raw, clipped], np.bool_)], np.float32, to=1)
     return [_mean(graph, t, axes) for t in (clipped, within)]
+
+
+def _rank(node: Node) -> int:
+    """The rank of a layer's output: 2 for Gemm, the weight's for Conv, whose weight may be dequantized."""
+    if node.op == "Gemm":
+        return 2
+    dequantizer = ir.producer(node.inputs[1])
+    return ir.array(node.inputs[1] if dequantizer is None else dequantizer.inputs[0]).ndim
 
 
 _FINITE = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
