@@ -130,6 +130,12 @@ def test_a_float_result_needs_no_q() -> None:
     assert "y = Softmax(g)" in lines(state)
 
 
+def test_an_activation_behind_a_float_result_says_why_it_is_float() -> None:
+    state = quantized("f = Flatten(x) g = MatMul(f, wm) y = Relu(g)")
+    assert lines(state)[-2:] == ["g = MatMul(f, wm_q_dq)", "y = Relu(g)"]
+    assert state.blocks["Relu_y"].reason == "the layer before it gives a float result"
+
+
 @pytest.mark.parametrize(
     ("body", "outputs"),
     [

@@ -102,7 +102,8 @@ class _Inserter:
         for node in followers:
             quantized = params is not None
             outputs = (node.outputs[0].name,)
-            self.state.blocks[node.name] = Block(node.name, (node.name,), outputs, quantized=quantized)
+            reason = "" if quantized else "the layer before it gives a float result"
+            self.state.blocks[node.name] = Block(node.name, (node.name,), outputs, quantized=quantized, reason=reason)
             if params is not None:
                 self.state.params.setdefault(node.inputs[0].name, params)
                 self.state.params[outputs[0]] = params
