@@ -123,9 +123,9 @@ def cut(
     """Match arrays to inputs and find their items, from shapes and dtypes alone.
 
     `exact`: every key must be the name of an input. Otherwise keys besides the inputs' names (labels) are ignored, and a
-    model with one input takes the only array, or the only one that fits. Raises `UserError` where something does not fit.
+    model with one input takes the only array. Raises `UserError` where something does not fit.
     """
-    keys = _match_exactly(arrays, inputs, where) if exact else _match(arrays, inputs, batch, where)
+    keys = _match_exactly(arrays, inputs, where) if exact else _match(arrays, inputs, where)
     shapes: dict[str, Shape] = {}
     for spec in inputs:
         header = arrays[keys[spec.name]]
@@ -208,18 +208,12 @@ def _match_exactly(arrays: Collection[str], inputs: Sequence[InputSpec], where: 
     return {name: name for name in names}
 
 
-def _match(
-    arrays: Mapping[str, Header | Array], inputs: Sequence[InputSpec], batch: Batch, where: str
-) -> dict[str, str]:
+def _match(arrays: Mapping[str, Header | Array], inputs: Sequence[InputSpec], where: str) -> dict[str, str]:
     missing = [spec for spec in inputs if spec.name not in arrays]
     if not missing:
         return {spec.name: spec.name for spec in inputs}
-    if len(inputs) == 1:
-        spec = inputs[0]
-        fitting = [key for key, header in arrays.items() if _items(header.shape, spec, batch) is not None]
-        keys = list(arrays) if len(arrays) == 1 else fitting
-        if len(keys) == 1:
-            return {spec.name: keys[0]}
+    if len(inputs) == len(arrays) == 1:
+        return {inputs[0].name: next(iter(arrays))}
     held = ", ".join(f"{key} {header.dtype} {show_shape(header.shape)}" for key, header in arrays.items())
     raise UserError(f"no array for {missing[0]}; the file holds {held or 'no array'}", where)
 

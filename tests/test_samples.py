@@ -156,11 +156,13 @@ def test_keys_of_one_input():
     x = header(5, 3)
     label = header(5, dtype=I64)
     inputs = [spec("N", 3)]
-    for arrays in ({"x": x}, {"arr_0": x}, {"x": x, "z": x}, {"data": x, "y": label}):
+    for arrays in ({"x": x}, {"arr_0": x}, {"x": x, "z": x}, {"x": x, "y": label}):
         assert count(inputs, arrays) == 5
     for arrays in ({"a": x, "b": x}, {"a": label, "b": label}, {}):
         with pytest.raises(UserError, match="no array for input 'x'"):
             count(inputs, arrays)
+    with pytest.raises(UserError, match=r"the file holds data float32 \[5, 3\], y int64 \[5\]"):
+        count(inputs, {"data": x, "y": label})
 
 
 def test_keys_of_several_inputs():
