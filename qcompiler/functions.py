@@ -13,7 +13,10 @@ from onnx import parser
 
 DOMAIN = "qcompiler"
 
-_HEAD = '<domain: "qcompiler", opset_import: ["" : 17]>'
+OPSET = 17
+"""The oldest opset in which the functions have this meaning; newer ones did not change the operators in them."""
+
+_HEAD = f'<domain: "qcompiler", opset_import: ["" : {OPSET}]>'
 
 _BODIES = {
     # The product is made positive by 2**62, because ONNX shifts only unsigned integers; 2**62 >> shift is taken off again.
@@ -84,8 +87,9 @@ def _parsed(name: str) -> bytes:
     return bytes(function.SerializeToString())
 
 
-def proto(name: str) -> onnx.FunctionProto:
-    """Return the function of that name. Raises KeyError if there is none."""
+def proto(name: str, opset: int = OPSET) -> onnx.FunctionProto:
+    """Return the function of that name for a model of that opset. Raises KeyError if there is none."""
     function = onnx.FunctionProto()
     function.ParseFromString(_parsed(name))
+    function.opset_import[0].version = max(opset, OPSET)  # the checker compares it with the model's
     return function

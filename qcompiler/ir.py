@@ -44,7 +44,7 @@ def to_proto(graph: Graph, metadata: dict[str, str] | None = None) -> onnx.Model
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = IR_VERSION
     called = {n.op for g in all_graphs(graph) for n in g.nodes if n.domain == functions.DOMAIN}
-    model.functions.extend(functions.proto(name) for name in sorted(called))
+    model.functions.extend(functions.proto(name, graph.opset) for name in sorted(called))
     for key, value in sorted((metadata or {}).items()):
         model.metadata_props.add(key=key, value=value)
     return model

@@ -60,7 +60,7 @@ def _skeleton(graph: Graph) -> onnx.ModelProto:
     return helper.make_model(
         _graph_proto(graph, set()),
         opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()],
-        functions=[functions.proto(name) for name in sorted(called)],
+        functions=[functions.proto(name, graph.opset) for name in sorted(called)],
         ir_version=ir.IR_VERSION,
     )
 

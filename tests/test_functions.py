@@ -20,7 +20,7 @@ ACCUMULATORS = np.concatenate(
 ).astype(np.int32)
 
 
-def call(name: str, inputs: dict[str, np.ndarray], result: int) -> onnx.ModelProto:
+def call(name: str, inputs: dict[str, np.ndarray], result: int, opset: int = functions.OPSET) -> onnx.ModelProto:
     """A model whose one node calls the function on all its inputs."""
     node = onnx.helper.make_node(name, list(inputs), ["y"], name, domain=functions.DOMAIN)
     declare = onnx.helper.make_tensor_value_info
@@ -31,9 +31,9 @@ def call(name: str, inputs: dict[str, np.ndarray], result: int) -> onnx.ModelPro
         [declare(k, kinds[k], v.shape) for k, v in inputs.items()],
         [declare("y", result, None)],
     )
-    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(functions.DOMAIN, 1)]
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(functions.DOMAIN, 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    model.functions.append(functions.proto(name))
+    model.functions.append(functions.proto(name, opset))
     return model
 
 
@@ -86,10 +86,11 @@ def test_table_is_indexed_by_the_bit_pattern(dtype: type) -> None:
 
 
 @pytest.mark.parametrize("name", ["Requantize", "Rescale", "Table"])
-def test_functions_are_valid_and_documented(name: str) -> None:
-    function = functions.proto(name)
+@pytest.mark.parametrize("opset", [17, 19, 21, 23])
+def test_functions_are_valid_and_documented(name: str, opset: int) -> None:
+    function = functions.proto(name, opset)
     inputs = {operand: np.zeros((), np.int32) for operand in function.input}
-    model = call(name, inputs, onnx.TensorProto.INT32)
+    model = call(name, inputs, onnx.TensorProto.INT32, opset)
     model.graph.output[0].type.tensor_type.shape.SetInParent()
     onnx.checker.check_model(model)
     assert function.doc_string
