@@ -37,14 +37,8 @@ _MAGIC = {
     b"\xff\xd8\xff": "a picture",
 }
 
-_QUANTIZED = (
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulNBits",
-)
+_QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "MatMulNBits")
+"""DequantizeLinear alone is how float models store small weights; fold-constants computes them."""
 
 
 def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
@@ -76,7 +70,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     try:
         runtime.session(model)
     except Exception as error:
-        raise UserError(f"ONNX Runtime does not load the float model: {brief(error)}", where) from error
+        raise UserError(brief(error), where) from error
     return model
 
 

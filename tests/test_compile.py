@@ -185,6 +185,16 @@ def quantized() -> onnx.ModelProto:
     return model_from_text("g (float[1] x, float s) => (uint8[1] y) { y = QuantizeLinear(x, s) }")
 
 
+def test_a_float_model_with_dequantized_weights_is_welcome() -> None:
+    text = "g (float[1,4] x) => (float[1,4] y) { d = DequantizeLinear(w, s) y = MatMul(x, d) }"
+    arrays = {"w": np.arange(-8, 8, dtype=np.int8).reshape(4, 4), "s": np.float32(0.125)}
+    model = model_from_text(text, arrays)
+    report = compile_model(
+        model, [{"x": np.random.default_rng(i).standard_normal((1, 4), np.float32)} for i in range(4)]
+    ).report
+    assert [(la.op, la.quantized) for la in report.layers] == [("MatMul", True)]
+
+
 def opset(version: int) -> onnx.ModelProto:
     model = net()
     model.opset_import[0].version = version
