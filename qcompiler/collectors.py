@@ -73,7 +73,9 @@ class Omse(MinMax):
     def observe(self, low: float, high: float, values: F32) -> None:
         """Add the values to the histogram."""
         super().observe(low, high, values)
-        self.counts += np.bincount(values.view(np.uint32) >> _DROPPED_BITS, minlength=_BINS)
+        # The bounds are exact, and a sample of the values rarely holds them: a few huge activations may carry a transformer.
+        seen = np.append(values, np.array([low, high], np.float32))
+        self.counts += np.bincount(seen.view(np.uint32) >> _DROPPED_BITS, minlength=_BINS)
 
     def merge(self, other: Self) -> None:
         """Add the other's histogram."""

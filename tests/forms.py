@@ -31,7 +31,7 @@ from tests.support import model_from_text, random_feeds, state_of
 TO_QDQ: tuple[Pass, ...] = (
     FormBlocks(),
     Annotate(),
-    Calibrate(),
+    Calibrate(collector="minmax"),
     AlignScales(),
     ScaleWeights(search=False),
     InsertQdq(),

@@ -24,7 +24,7 @@ def calibrated(body: str, **ranges: tuple[float, float]) -> CompileState:
     model = graph_text(
         f"g (float[1,4,5,3] x) => (float[] y) {{ {body} }}", **{k: v for k, v in constants.items() if k in words}
     )
-    state = compiled(model, FormBlocks(), Annotate(), Calibrate())
+    state = compiled(model, FormBlocks(), Annotate(), Calibrate(collector="minmax"))
     for name, (low, high) in ranges.items():
         for member in state.params:
             if state.leader(member) == state.leader(name):

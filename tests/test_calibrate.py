@@ -61,23 +61,23 @@ def assert_range(state: CompileState, name: str, low: float, high: float) -> Non
 def test_every_tensor_with_a_spec_gets_params_and_a_second_run_does_nothing():
     names = ("x", "r", "s", "y")
     state = annotated(*names)
-    Pipeline((Calibrate(),)).run(state)
+    Pipeline((Calibrate(collector="minmax"),)).run(state)
     assert state.phase is Phase.CALIBRATED
     assert list(state.params) == list(names)
     for name, (low, high) in zip(names[1:], ranges(state, *names[1:]), strict=True):
         assert_range(state, name, low, high)
     assert state.params["r"].zero_point == 0
     state.calibration = None
-    assert Calibrate().run(state) == 0
+    assert Calibrate(collector="minmax").run(state) == 0
 
 
 def test_the_count_is_that_of_tensors():
-    assert Calibrate().run(annotated("x", "r", "p", ties={"p": "r"})) == 3
+    assert Calibrate(collector="minmax").run(annotated("x", "r", "p", ties={"p": "r"})) == 3
 
 
 def test_tied_tensors_share_params_measured_together():
     state = annotated("s", "q", "y", ties={"s": "y", "q": "y"})
-    Calibrate().run(state)
+    Calibrate(collector="minmax").run(state)
     bounds = ranges(state, "s", "q", "y")
     assert_range(state, "y", min(b[0] for b in bounds), max(b[1] for b in bounds))
     assert state.params["s"] is state.params["q"] is state.params["y"]
@@ -90,14 +90,14 @@ def test_a_tensor_that_only_moves_values_is_not_measured(monkeypatch):
         MinMax, "observe", lambda self, low, high, v: measured.append(v.size) or original(self, low, high, v)
     )
     state = annotated("r", "p", ties={"p": "r"})
-    Calibrate().run(state)
+    Calibrate(collector="minmax").run(state)
     assert measured == [256] * 4, "r alone, four samples"
     assert state.params["p"] is state.params["r"]
 
 
 def test_a_moved_tensor_is_measured_where_its_source_is_not_in_the_class():
     state = annotated("p")
-    Calibrate().run(state)
+    Calibrate(collector="minmax").run(state)
     assert_range(state, "p", *ranges(state, "p")[0])
 
 
@@ -111,7 +111,7 @@ def test_constants_are_measured_exactly_without_data():
 def test_the_graph_is_left_alone():
     state = annotated("x", "r", "y")
     before = [n.name for n in state.graph.nodes]
-    Calibrate().run(state)
+    Calibrate(collector="minmax").run(state)
     assert [n.name for n in state.graph.nodes] == before
     assert [t.name for t in state.graph.inputs] == ["x"]
     assert [t.name for t in state.graph.outputs] == ["y"]
@@ -146,14 +146,14 @@ def test_missing_data_is_the_users_error():
     state = annotated("x")
     state.calibration = None
     with pytest.raises(UserError, match="there is no calibration data"):
-        Calibrate().run(state)
+        Calibrate(collector="minmax").run(state)
 
 
 def test_an_empty_source_is_the_users_error():
     state = annotated("r")
     state.calibration = []
     with pytest.raises(UserError, match="no range for tensor 'r': no value was observed"):
-        Calibrate().run(state)
+        Calibrate(collector="minmax").run(state)
 
 
 def test_a_senseless_sample_size_is_the_users_error():
@@ -165,13 +165,13 @@ def test_values_that_are_not_finite_name_the_tensor():
     state = annotated("x", "r")
     state.calibration[1]["x"][0, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match=r"tensor 'x': a value is not finite \(calibration sample 1\)"):
-        Calibrate().run(state)
+        Calibrate(collector="minmax").run(state)
 
 
 def test_a_tensor_that_is_always_zero_gets_valid_params():
     state = annotated("x", "c", "r")
     state.calibration = [{"x": np.zeros((1, 4, 8, 8), np.float32)}]
-    Calibrate().run(state)
+    Calibrate(collector="minmax").run(state)
     assert all(state.params[n].scale > 0 for n in state.specs)
 
 
@@ -179,12 +179,12 @@ def test_progress_reaches_the_end():
     state = annotated("x")
     calls = []
     state.progress = lambda done, total: calls.append((done, total))
-    Calibrate().run(state)
+    Calibrate(collector="minmax").run(state)
     assert calls[-1] == (4, 4)
 
 
 def test_options_survive_the_text_form():
-    text = "calibrate{collector=omse samples_per_tensor=100}"
+    text = "calibrate{collector=minmax samples_per_tensor=100}"
     [stage] = parse_pipeline(text, {"calibrate": Calibrate}).passes
-    assert stage == Calibrate("omse", 100)
+    assert stage == Calibrate("minmax", 100)
     assert format_pass(stage) == text

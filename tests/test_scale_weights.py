@@ -19,7 +19,7 @@ from qcompiler.state import CompileState
 from qcompiler.target import Target
 from tests.forms import all_forms, assert_bit_identical, compiled, graph_text, weights
 
-BEFORE = (FormBlocks(), Annotate(), Calibrate(), AlignScales())
+BEFORE = (FormBlocks(), Annotate(), Calibrate(collector="minmax"), AlignScales())
 
 
 def scaled(

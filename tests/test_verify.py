@@ -24,7 +24,7 @@ from qcompiler.verify import VerifyError, verify
 from tests.forms import TO_INTEGER, TO_KERNELS, TO_QDQ, compiled, graph_text, weights
 
 TO_ANNOTATED: tuple[Pass, ...] = (FormBlocks(), Annotate())
-TO_CALIBRATED: tuple[Pass, ...] = (*TO_ANNOTATED, Calibrate(), AlignScales())
+TO_CALIBRATED: tuple[Pass, ...] = (*TO_ANNOTATED, Calibrate(collector="minmax"), AlignScales())
 
 
 def small(*passes: Pass) -> CompileState:

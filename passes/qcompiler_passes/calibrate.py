@@ -27,7 +27,7 @@ class Calibrate:
     each calibration sample, besides the exact bounds.
     """
 
-    collector: str = "minmax"
+    collector: str = "omse"
     samples_per_tensor: int = SAMPLE_SIZE
 
     name: ClassVar[str] = "calibrate"
