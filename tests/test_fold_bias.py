@@ -1,6 +1,7 @@
 """Constant Add, Sub, Mul and Div fold into weights, or become as few Add and Mul as possible."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ from qcompiler_passes.fold_bias import FoldBias
 
 from qcompiler import ir
 from qcompiler.rewrite import Rewriter
-from tests.support import assert_same_function, model_from_text, ops_of, run_passes, state_of
+from tests.support import TEST_TARGET, assert_same_function, model_from_text, ops_of, run_passes, state_of
 
 RNG = np.random.default_rng(11)
 IMAGE = "float[1,3,5,5]"
@@ -252,3 +253,24 @@ def test_refuses_a_reader_in_a_subgraph() -> None:
     state = state_of(model_from_text(text, CONSTANTS))
     assert FoldBias().run(state) == 0
     assert [n.op for n in state.graph.nodes] == ["Add", "If"]
+
+
+SUB_AS_ADD = replace(TEST_TARGET, rewrites=frozenset({"sub-as-add"}))
+
+
+@pytest.mark.parametrize("expression", ["Sub(x, z)", "Sub(z, x)", "Sub(c, x)", "Sub(x, x)"])
+def test_sub_becomes_neg_and_add_where_the_target_asks(expression: str) -> None:
+    text = f"g (float[2,3] x, float[2,3] z) => (float[2,3] y) {{\n t = Tanh(x)\n y = {expression.replace('x', 't')}\n}}"
+    model = model_from_text(text, {"c": np.float32(0.5)})
+    kept, _ = run_passes(onnx.shape_inference.infer_shapes(model), FoldBias())
+    assert ops_of(kept) == ["Tanh", "Sub"]
+    after, state = run_passes(onnx.shape_inference.infer_shapes(model), FoldBias(), target=SUB_AS_ADD)
+    assert ops_of(after) == ["Tanh", "Neg", "Add"]
+    assert_same_function(model, after)
+    assert FoldBias().run(state) == 0
+
+
+def test_integer_sub_stays() -> None:
+    model = model_from_text("g (int64[3] x, int64[3] z) => (int64[3] y) { y = Sub(x, z) }")
+    after, _ = run_passes(model, FoldBias(), target=SUB_AS_ADD)
+    assert ops_of(after) == ["Sub"]

@@ -84,12 +84,6 @@ def test_add_and_relu_are_one_requantize() -> None:
     assert not {"Relu", "Clip"} & {n.op for n in state.graph.nodes}
 
 
-def test_sub_negates_a_multiplier() -> None:
-    state = integer("a = Conv(x, w) b = Conv(x, w1) s = Sub(a, b) y = Conv(s, w)")
-    signs = [np.sign(int(operands(n)[1])) for n in state.graph.nodes if n.op == "Rescale"]
-    assert signs == [1, -1]
-
-
 @pytest.mark.parametrize("operands_of_mul", ["a, b", "a, a", "half, a", "a, column"])
 def test_mul_has_one_multiplier(operands_of_mul: str) -> None:
     state = integer(f"a = Conv(x, w) b = Conv(x, w1) s = Mul({operands_of_mul}) y = Conv(s, w)")

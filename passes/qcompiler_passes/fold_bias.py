@@ -28,7 +28,7 @@ class FoldBias:
     """Fold Add, Sub, Mul, Div with float constants into the Conv, ConvTranspose, Gemm or MatMul before or after them.
 
     What cannot fold becomes as few Add and Mul as possible; those that do nothing go. An Add after a MatMul stays: it is the
-    bias that normalize-gemm looks for.
+    bias that normalize-gemm looks for. Where the target asks for `sub-as-add`, a Sub of two tensors becomes Neg and Add.
     """
 
     name: ClassVar[str] = "fold-bias"
@@ -37,7 +37,9 @@ class FoldBias:
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes, or chains of nodes, that changed."""
-        rules: dict[str, Rule] = dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow"), _fold_bias)
+        rules: dict[str, list[Rule]] = {op: [_fold_bias] for op in ("Add", "Sub", "Mul", "Div", "Pow")}
+        if "sub-as-add" in state.target.rewrites:
+            rules["Sub"].append(_sub_as_add)
         return apply_rules(Rewriter(state), rules)
 
 
@@ -54,6 +56,18 @@ def _fold_bias(rewriter: Rewriter, node: Node) -> Refusal | None:
         if refusal is None or _fold_scale(rewriter, found[0]) is None or _hoist(rewriter, last) is None:
             return None
     return None if _simplify(rewriter, found) else refusal
+
+
+def _sub_as_add(rewriter: Rewriter, node: Node) -> Refusal | None:
+    """a - b = a + (-b): of these two, unlike Sub, every form has the same integers."""
+    a, b = node.inputs
+    if a.dtype is None or np.dtype(a.dtype) != np.float32:
+        return Refusal("it does not subtract float32 tensors", node.name)
+    negated = rewriter.variable(f"{node.name}_negated", b.dtype, b.shape)
+    rewriter.node("Neg", [b], [negated], origin=node)
+    rewriter.take_output(rewriter.node("Add", [a, negated], origin=node), node.outputs[0])
+    rewriter.remove(node)
+    return None
 
 
 def _is_matmul_bias(chain: Affine) -> bool:

@@ -126,10 +126,9 @@ def _fold_add(rewriter: Rewriter, node: Node) -> Refusal | None:
     factors = [np.asarray(p.scale / result.scale, np.float32) for p in params]
     if not all(quant.is_dyadic(f, quant.RATIO_SHIFT) for f in factors):
         return Refusal("its scale ratios are not multiples of 2**-12", node.name)
-    signs = (1, -1) if node.op == "Sub" else (1, 1)
     terms = [
-        _rescale(rewriter, node, x, p, sign * int(quant.multiplier(f, quant.RATIO_SHIFT)))
-        for x, p, f, sign in zip(integers, params, factors, signs, strict=True)
+        _rescale(rewriter, node, x, p, int(quant.multiplier(f, quant.RATIO_SHIFT)))
+        for x, p, f in zip(integers, params, factors, strict=True)
     ]
     acc = rewriter.node("Add", terms, origin=node, hint=f"{node.name}_integer").outputs[0]
     _requantize(rewriter, node, acc, np.asarray(1), result, quant.RATIO_SHIFT, q)

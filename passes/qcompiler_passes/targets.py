@@ -18,7 +18,7 @@ ORT_CPU = Target(
     activation=QuantSpec("uint8", 0, 255),
     weight=QuantSpec("int8", -128, 127, symmetric=True),
     lowerings=_ALL,
-    stays_float=dict.fromkeys(("Softmax", "ConvTranspose", "PRelu", "Where", "AveragePool", "Sub"), _SLOW),
+    stays_float=dict.fromkeys(("Softmax", "ConvTranspose", "PRelu", "Where", "AveragePool"), _SLOW),
     float_result=frozenset({"Gemm", "MatMul"}),
     kernels=frozenset(
         {
@@ -50,7 +50,7 @@ INTEGER = Target(
     activation=QuantSpec("uint8", 0, 255),
     weight=QuantSpec("int8", -128, 127, symmetric=True),
     lowerings=_ALL,
-    rewrites=frozenset({"QuickGelu", "average-pool-as-conv"}),
+    rewrites=frozenset({"QuickGelu", "average-pool-as-conv", "sub-as-add"}),
 )
 
 TARGETS = (ORT_CPU, ORT_CPU_AVX2, INTEGER)
