@@ -72,6 +72,7 @@ class Pipeline:
     def _run_one(stage: Pass, state: CompileState, instruments: Sequence[Instrument]) -> None:
         for instrument in instruments:
             instrument.before(stage, state)
+        state.refusals = {}
         try:
             count = stage.run(state)
             if stage.establishes is not None:

@@ -15,15 +15,9 @@ from numpy.typing import NDArray
 from qcompiler import ir
 from qcompiler.ir import Constant, Graph, Node, Tensor, Variable
 from qcompiler.ops import op_key
-from qcompiler.state import CompileState
+from qcompiler.state import CompileState, Refusal
 
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a rule did not rewrite a node; `culprit` names the node or tensor in the way."""
-
-    reason: str
-    culprit: str = ""
+__all__ = ["Refusal", "Rewriter", "Rule", "apply_rules"]
 
 
 @dataclass
@@ -33,9 +27,9 @@ class Rewriter:
     state: CompileState
     graph: Graph = field(default=None)  # type: ignore[assignment]
     count: int = 0
-    refusals: dict[str, Refusal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.refusals = self.state.refusals
         if self.graph is None:
             self.graph = self.state.graph
         self._graphs = list(ir.all_graphs(self.state.graph))
@@ -149,8 +143,7 @@ class Rewriter:
     def remove(self, node: Node) -> None:
         """Take a node out of the graph; its outputs must be unused or produced by another node."""
         ir.detach(node)
-        self._own.discard(id(node))
-        self._removed.append(node)  # keeps the object, hence its id, alive
+        self._forget(node)
 
     def is_output(self, tensor: Tensor) -> bool:
         """Whether the tensor is an output of the graph that is edited."""
@@ -171,10 +164,14 @@ class Rewriter:
         """Drop dead nodes, restore the order, and return the number of rewrites."""
         self.graph.nodes[:] = [n for n in self.graph.nodes if id(n) in self._own]
         for node in ir.drop_dead_nodes(self.graph):
-            self._own.discard(id(node))
-            self._removed.append(node)
+            self._forget(node)
         ir.toposort(self.graph)
         return self.count
+
+    def _forget(self, node: Node) -> None:
+        self._own.discard(id(node))
+        self._removed.append(node)  # keeps the object, hence its id, alive
+        self.refusals.pop(node.name, None)
 
 
 def _fresh(hint: str, taken: set[str]) -> str:
@@ -195,7 +192,7 @@ MAX_ROUNDS = 100
 def apply_rules(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule]]) -> int:
     """Apply rules by operator type (`op_key`) until none fires; return the number of rewrites.
 
-    Refusals of the last round stay in `rewriter.refusals`, by node name. Raises RuntimeError if rules do not settle.
+    The last refusal of each node that is left stays in `state.refusals`. Raises RuntimeError if rules do not settle.
     """
     for _ in range(MAX_ROUNDS):
         fired = _one_round(rewriter, rules)
@@ -207,17 +204,20 @@ def apply_rules(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule
 
 def _one_round(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule]]) -> str | None:
     fired = None
-    rewriter.refusals.clear()
     for node in list(rewriter.graph.nodes):
         entry = rules.get(op_key(node.op, node.domain))
+        name, refusals = node.name, []
         for rule in [] if entry is None else entry if isinstance(entry, list) else [entry]:
             if rewriter.exhausted or not node.outputs:
                 break
-            name = node.name
             refusal = rule(rewriter, node)
             if refusal is None:
                 rewriter.count += 1
+                rewriter.refusals.pop(name, None)
                 fired = name
                 break
-            rewriter.refusals[name] = refusal
+            refusals.append(refusal)
+        else:
+            if refusals:  # the last that names a culprit says most
+                rewriter.refusals[name] = ([r for r in refusals if r.culprit] or refusals)[-1]
     return fired

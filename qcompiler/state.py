@@ -50,6 +50,14 @@ class Block:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a pass left a node as it is; `culprit` names the node or tensor in the way."""
+
+    reason: str
+    culprit: str = ""
+
+
 @dataclass
 class CompileState:
     """The graph and its side tables. Tables are keyed by node or tensor name; names never carry meaning.
@@ -57,8 +65,9 @@ class CompileState:
     `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
     shares. `params`: tensor -> what it got (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table
     node -> the float model that filled it. `origin`: node -> the float layers that it came from. `corrected`: layers whose bias
-    holds a correction. `keep_float`: patterns of node and output names that the user keeps in float. `calibration`: the samples;
-    `collectors`: the known ways to measure ranges, by name; `progress`: called with the number of samples done and in all.
+    holds a correction. `refusals`: node -> why the pass that runs, or ran last, left it as it is. `keep_float`: patterns of node
+    and output names that the user keeps in float. `calibration`: the samples; `collectors`: the known ways to measure ranges, by
+    name; `progress`: called with the number of samples done and in all.
     """
 
     graph: Graph
@@ -72,6 +81,7 @@ class CompileState:
     tables: dict[str, bytes] = field(default_factory=dict)
     origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
     corrected: set[str] = field(default_factory=set)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
     keep_float: tuple[str, ...] = ()
     calibration: Iterable[Feeds] | None = None
     collectors: Mapping[str, type[Collector]] = field(default_factory=lambda: COLLECTORS)
