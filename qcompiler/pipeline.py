@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, get_type_hints
@@ -44,11 +45,18 @@ class Instrument(Protocol):
 
 
 class PassError(Exception):
-    """A pass broke: a bug in the pass, not in the user's input."""
+    """A pass broke: a bug in the pass, not in the user's input. The message names the package, or the file, of the pass."""
 
     def __init__(self, stage: Pass, error: Exception) -> None:
         self.stage, self.error = stage, error
-        super().__init__(f"pass {stage.name}: {type(error).__name__}: {error}")
+        super().__init__(f"pass {stage.name} of {home(type(stage))}: {type(error).__name__}: {error}")
+
+
+def home(kind: type[Any]) -> str:
+    """The package that defines a class, or the path of its file if that belongs to no package."""
+    module = sys.modules.get(kind.__module__)
+    alone = module is not None and not module.__package__ and getattr(module, "__file__", None)
+    return str(alone) if alone else kind.__module__.partition(".")[0]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from qcompiler import __version__
 from qcompiler.collectors import COLLECTORS, Collector
 from qcompiler.errors import UserError
 from qcompiler.ops import OPS, OpRule, op_key
@@ -36,7 +37,10 @@ class Plugin:
 
 @dataclass
 class Registry:
-    """Everything that plug-ins gave, by name, with the plug-in that each thing came from."""
+    """Everything that plug-ins gave, by name.
+
+    `source`: (kind, name) -> the plug-in that a thing came from. `packages`: plug-in -> the package or file that holds it.
+    """
 
     passes: dict[str, type[Pass]] = field(default_factory=dict)
     collectors: dict[str, type[Collector]] = field(default_factory=dict)
@@ -44,9 +48,17 @@ class Registry:
     targets: dict[str, Target] = field(default_factory=dict)
     pipelines: dict[str, str] = field(default_factory=dict)
     source: dict[tuple[str, str], str] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
 
-    def add(self, plugin: Plugin) -> None:
+    def home(self, kind: str, name: str) -> str:
+        """Where a thing came from: `plug-in (package version)`, or the plug-in alone if it says nothing more."""
+        plugin = self.source[kind, name]
+        package = self.packages.get(plugin, "")
+        return f"{plugin} ({package})" if package else plugin
+
+    def add(self, plugin: Plugin, package: str = "") -> None:
         """Add all that a plug-in offers. Raises UserError where a name is taken, naming both packages."""
+        self.packages[plugin.name] = package
         offers: tuple[tuple[str, dict[str, Any], Iterable[tuple[str, Any]]], ...] = (
             ("pass", self.passes, ((p.name, p) for p in plugin.passes)),
             ("collector", self.collectors, plugin.collectors.items()),
@@ -69,16 +81,21 @@ def load_registry(files: Iterable[Path] = ()) -> Registry:
     Raises UserError, naming the plug-in, for one that cannot be imported or clashes.
     """
     registry = Registry()
-    registry.add(Plugin("qcompiler", collectors=COLLECTORS, ops=tuple(OPS.values())))
+    registry.add(Plugin("qcompiler", collectors=COLLECTORS, ops=tuple(OPS.values())), f"qcompiler {__version__}")
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         try:
             plugin = entry.load()
         except Exception as error:
-            raise UserError(f"plug-in {entry.name!r} ({entry.value}) does not load: {error}", "plug-ins") from error
-        registry.add(_checked(plugin, entry.value))
+            what = f"plug-in {entry.name!r} of {_package(entry)} does not load: {type(error).__name__}: {error}"
+            raise UserError(what, entry.value) from error
+        registry.add(_checked(plugin, entry.value), _package(entry))
     for path in files:
-        registry.add(_load_file(path))
+        registry.add(_load_file(path), path.name)
     return registry
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.module
 
 
 def _checked(plugin: object, where: str) -> Plugin:

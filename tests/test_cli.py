@@ -202,7 +202,7 @@ def test_internal_errors_name_the_pass(qcompile: Run, folder: Path) -> None:
     code, out, err = qcompile(*broken(folder, "return 1 // 0"))
     assert (code, out) == (70, "")
     assert err == (
-        "internal error: pass broken: ZeroDivisionError: integer division or modulo by zero "
+        f"internal error: pass broken of {folder / 'broken.py'}: ZeroDivisionError: integer division or modulo by zero "
         "(run again with --debug for the traceback)\n"
     )
     assert not (folder / "net.int8.onnx").exists()
@@ -210,7 +210,7 @@ def test_internal_errors_name_the_pass(qcompile: Run, folder: Path) -> None:
 
 def test_no_verify_skips_the_checks_between_passes(qcompile: Run, folder: Path) -> None:
     arguments = broken(folder, "state.graph.nodes.reverse()")
-    assert "pass broken: VerifyError" in qcompile(*arguments)[2]
+    assert f"pass broken of {folder / 'broken.py'}: VerifyError" in qcompile(*arguments)[2]
     code, _, err = qcompile(*arguments, "--no-verify")
     assert (code, "VerifyError" in err) == (70, False)
     assert "the compiled model is not valid" in err

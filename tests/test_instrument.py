@@ -58,7 +58,7 @@ def state() -> CompileState:
 
 
 def test_verify_blames_the_pass_that_broke_it() -> None:
-    with pytest.raises(PassError, match=r"^pass break: VerifyError: .*'t' is not defined before it is read"):
+    with pytest.raises(PassError, match=r"^pass break of tests: VerifyError: .*'t' is not defined before it is read"):
         Pipeline((Cleanup(), Break(), Cleanup())).run(state(), [Verify()])
 
 

@@ -143,7 +143,7 @@ def test_a_pass_that_comes_too_early_is_refused() -> None:
 
 def test_a_broken_pass_is_named() -> None:
     log = Log()
-    with pytest.raises(PassError, match=r"^pass opt-2.x: ZeroDivisionError: by design$") as caught:
+    with pytest.raises(PassError, match=r"^pass opt-2.x of tests: ZeroDivisionError: by design$") as caught:
         Pipeline((Plain(), Optioned(word="fail"))).run(state(), [log])
     assert caught.value.stage == Optioned(word="fail")
     assert log.events[-1] == "failed opt-2.x ZeroDivisionError"

@@ -116,11 +116,13 @@ def test_load_errors_name_the_file(tmp_path: Path, text: str | None, message: st
 
 def test_an_installed_plugin_that_breaks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
-        name, value = "bad", "bad_package:PLUGIN"
+        name, value, module, dist = "bad", "bad_package:PLUGIN", "bad_package", None
 
         def load(self) -> object:
             raise ImportError("no numpy")
 
     monkeypatch.setattr(plugin, "entry_points", lambda group: [Entry()])
-    with pytest.raises(UserError, match=r"plug-in 'bad' \(bad_package:PLUGIN\) does not load: no numpy"):
+    with pytest.raises(
+        UserError, match=r"plug-in 'bad' of bad_package does not load: ImportError: no numpy \(bad_pack"
+    ):
         load_registry()
