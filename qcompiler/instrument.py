@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qcompiler import ir
 from qcompiler.errors import UserError
+from qcompiler.ops import op_key
 from qcompiler.pipeline import Pass
-from qcompiler.state import CompileState
+from qcompiler.state import CompileState, Phase, Refusal
 from qcompiler.verify import verify
 
 
@@ -61,6 +65,77 @@ class Timing(Watcher):
         """Record the pass."""
         elapsed = (time.perf_counter() - self._start) * 1e3
         self.passes.append(PassTime(stage.name, count, round(elapsed, 2), len(state.graph.nodes)))
+
+
+@dataclass
+class Trace(Watcher):
+    """Writes a timeline of the passes in Chrome's trace event format, for chrome://tracing and ui.perfetto.dev.
+
+    The file is whole after every pass, so that a run that fails leaves one. Times are microseconds.
+    """
+
+    path: Path
+    events: list[dict[str, Any]] = field(default_factory=list)
+    _zero: float = field(default_factory=time.perf_counter)
+    _start: float = 0.0
+
+    def before(self, stage: Pass, state: CompileState) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def after(self, stage: Pass, state: CompileState, count: int) -> None:
+        """Add the pass. Raises UserError if the file cannot be written."""
+        phase = state.phase.name.lower()
+        self._add(stage, {"rewrites": count, "nodes": len(state.graph.nodes), "phase": phase})
+
+    def failed(self, stage: Pass, state: CompileState, error: Exception) -> None:
+        """Add the pass that raised, unless it is this file that cannot be written."""
+        if not isinstance(error, UserError):
+            self._add(stage, {"error": f"{type(error).__name__}: {error}"})
+
+    def _add(self, stage: Pass, facts: dict[str, Any]) -> None:
+        began, took = ((t * 1e6) for t in (self._start - self._zero, time.perf_counter() - self._start))
+        event = {"name": stage.name, "cat": "pass", "ph": "X", "ts": round(began, 1), "dur": round(took, 1)}
+        options = {f.name: getattr(stage, f.name) for f in fields(stage)}  # type: ignore[arg-type]
+        self.events.append({**event, "pid": 1, "tid": 1, "args": {**options, **facts}})
+        try:
+            self.path.write_text(json.dumps({"traceEvents": self.events, "displayTimeUnit": "ms"}, default=str))
+        except OSError as error:
+            raise UserError(f"cannot write the trace: {error.strerror}", str(self.path)) from error
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A node that a pass looked at and left. `output`: its first output; `culprit`: what was in the way, "" for no match."""
+
+    node: str
+    op: str
+    output: str
+    reason: str
+    culprit: str
+
+
+@dataclass
+class Refusals(Watcher):
+    """Keeps why the passes of these names left nodes as they were; `found` has a list for each run of such a pass."""
+
+    passes: Collection[str]
+    found: list[tuple[str, list[Refused]]] = field(default_factory=list)
+
+    def after(self, stage: Pass, state: CompileState, count: int) -> None:
+        """Keep the refusals of nodes that are still there; the choice of blocks counts as a refusal of the others."""
+        if stage.name not in self.passes:
+            return
+        reasons = dict(state.refusals)
+        if stage.establishes is Phase.ANNOTATED:
+            reasons |= {b.root: Refusal(b.reason, b.root) for b in state.blocks.values() if not b.quantized}
+        nodes = [n for graph in ir.all_graphs(state.graph) for n in graph.nodes if n.name in reasons]
+        self.found.append((stage.name, [_refused(node, reasons[node.name]) for node in nodes]))
+
+
+def _refused(node: ir.Node, refusal: Refusal) -> Refused:
+    output = node.outputs[0].name if node.outputs else ""
+    return Refused(node.name, op_key(node.op, node.domain), output, refusal.reason, refusal.culprit)
 
 
 @dataclass
