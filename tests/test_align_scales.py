@@ -99,17 +99,22 @@ def test_a_limit_below_every_ratio_is_given_up() -> None:
     assert floats(state) == {}
 
 
-def test_concat_inputs_of_nearly_the_same_range_join() -> None:
-    body = "a = Conv(x, w0) b = Conv(x, w1) c = Conv(x, w2) s = Concat<axis=2>(a, b, c) y = Conv(s, w3)"
-    ranges = {"s": (0.0, 10.0), "a": (0.0, 9.0), "b": (0.0, 5.0), "c": (-9.0, 10.0)}
-    state = aligned(body, **ranges)
-    assert state.leader("a") == "s"
-    assert state.params["a"].same_as(state.params["s"])
-    assert not state.params["b"].same_as(state.params["s"])
-    assert not state.params["c"].same_as(state.params["s"])
+CONCAT = """a = Conv(x, w0) b = Conv(x, w1) c = Conv(x, w2) d = Conv(x, w0) s = Concat<axis=2>(a, b, c, d)
+            e = Conv(b, w1) t = Concat<axis=2>(s, e) y = Conv(t, w3)"""
+RANGES = {"s": (0.0, 10.0), "a": (0.0, 9.0), "b": (0.0, 5.0), "c": (-9.0, 10.0), "d": (0.0, 1.0)}
+
+
+def test_what_only_a_concat_reads_takes_its_scale() -> None:
+    state = aligned(CONCAT, **RANGES)
+    joined = {name: state.params[name].same_as(state.params["s"]) for name in "abcd"}
+    assert joined == {"a": True, "b": False, "c": False, "d": True}
     assert AlignScales().run(state) == 0
-    loose = advance(calibrated(body, **ranges), AlignScales(concat_tie=0.4))
-    assert loose.leader("b") == "s"
+
+
+def test_concat_inputs_of_nearly_the_same_range_join() -> None:
+    loose = advance(calibrated(CONCAT, **RANGES), AlignScales(concat_tie=0.4))
+    assert loose.leader("b") == loose.leader("s")
+    assert loose.params["b"].same_as(loose.params["s"])
 
 
 def test_an_operator_whose_scales_are_all_taken_goes_back_to_float() -> None:

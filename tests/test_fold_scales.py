@@ -145,7 +145,8 @@ def test_the_table_keeps_the_model_that_filled_it() -> None:
 
 
 def test_concat_rescales_by_tables_only_where_scales_differ() -> None:
-    body = "a = Conv(x, w) b = Mul(a, half) s = Concat<axis=1>(a, b, a) t = Slice(s, zero4, four4, one4) y = Conv(t, w)"
+    body = """a = Conv(x, w) b = Mul(a, half) c = Conv(b, w) s = Concat<axis=1>(a, b, a) t = Slice(s, zero4, four4, one4)
+              y = Conv(t, w) z = Add(y, c)"""
     CONSTANTS.update(zero4=np.int64([0]), four4=np.int64([4]), one4=np.int64([1]))
     state = integer(body)
     assert state.leader("a") == "s"

@@ -94,7 +94,7 @@ def test_a_gemm_with_float_and_quantized_readers() -> None:
 
 
 def test_concat_takes_the_rescaling_tables_into_its_kernel() -> None:
-    body = "a = Conv(x, w) b = Mul(a, half) s = Concat<axis=2>(a, b) y = Conv(s, w)"
+    body = "a = Conv(x, w) b = Mul(a, half) c = Conv(b, w) s = Concat<axis=2>(a, b, c) y = Conv(s, w)"
     state = kernels(body)
     assert "QLinearConcat" in ops(state)
     assert "Table" not in ops(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,7 +25,8 @@ class AlignScales:
     From the outputs backwards, an operator's inputs get the float32 scales nearest to the measured ones whose factors to the
     output are multiples of 2**-12 (Add) or 2**-16 (Mul, GlobalAveragePool). Conv, Gemm and MatMul take any scale, because
     their weight scales absorb it. An operator whose scales are all fixed by others already goes back to float, with the reason.
-    Concat inputs whose scale is within `concat_tie` of the output's take that scale: nothing is left to rescale then.
+    Concat inputs take the output's scale if nothing else reads them, or if theirs is within `concat_tie` of it: nothing is left
+    to rescale then.
     """
 
     concat_tie: float = 0.85
@@ -52,7 +54,7 @@ class AlignScales:
             elif lowering is Lowering.SUM:
                 fits = solver.mean(node.inputs[0].name, output, spatial_size(node))
             elif lowering is Lowering.CONCAT:
-                solver.concat([t.name for t in node.inputs], output, self.concat_tie)
+                solver.concat(node, output, self.concat_tie)
             if not fits:
                 state.blocks[root] = replace(block, quantized=False, reason="its scales cannot all be dyadic")
         for root, block in list(state.blocks.items()):
@@ -83,6 +85,7 @@ class _Solver:
         for name in state.params:
             self.members.setdefault(state.leader(name), []).append(name)
         self.limits = self._limits()
+        self.tensors = {t.name: t for t in ir.tensors(state.graph)}
         self.pinned: set[str] = set()
         self.moved = 0
 
@@ -158,16 +161,18 @@ class _Solver:
         return limit if limit > float(self.scale(c)) * 2.0**-quant.RATIO_SHIFT * (1 + 1e-5) else np.inf
 
     def mul(self, a: str, b: str, c: str) -> bool:
-        """c = a * b: the factor a multiple of 2**-16."""
+        """c = a * b: the factor a multiple of 2**-16; the result moves if it can, else an operand."""
         s_a, s_b, s_c = self.scale(a), self.scale(b), self.scale(c)
         if not quant.is_dyadic(quant.rescale(s_a, s_b, s_c)):
-            distinct = {self.state.leader(x) for x in (a, b, c)}
-            if self.free(c) and self.state.leader(c) not in {self.state.leader(a), self.state.leader(b)}:
-                self.move(c, quant.snap_scale(lambda s: quant.rescale(s_a, s_b, s), float(s_c), True))
-            elif self.free(a) and len(distinct) == 3:
-                self.move(a, quant.snap_scale(lambda s: quant.rescale(s, s_b, s_c), float(s_a), True))
-            elif self.free(b) and len(distinct) == 3:
-                self.move(b, quant.snap_scale(lambda s: quant.rescale(s_a, s, s_c), float(s_b), True))
+            factors: dict[str, Callable[[F32], F32]] = {
+                c: lambda s: quant.rescale(s_a, s_b, s),
+                a: lambda s: quant.rescale(s, s_b, s_c),
+                b: lambda s: quant.rescale(s_a, s, s_c),
+            }
+            leaders = [self.state.leader(x) for x in (a, b, c)]
+            movable = [x for x in factors if self.free(x) and leaders.count(self.state.leader(x)) == 1]
+            if movable:
+                self.move(movable[0], quant.snap_scale(factors[movable[0]], float(self.scale(movable[0])), True))
         self.pin(a, b, c)
         return bool(quant.is_dyadic(quant.rescale(self.scale(a), self.scale(b), self.scale(c))))
 
@@ -190,17 +195,34 @@ class _Solver:
         largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0.0)) / self.state.target.weight.qmax
         return float(self.scale(node.inputs[0].name)) * largest / float(self.scale(output)) < 64 * LARGEST_FACTOR
 
-    def concat(self, inputs: list[str], output: str, tie: float) -> None:
-        """Let inputs of nearly the output's range take its params: they need no rescale then."""
-        target = self.params(output)
+    def concat(self, node: Node, output: str, tie: float) -> None:
+        """Let inputs take the output's params, if nothing else reads them or their scales are near: no rescale is left then.
+
+        What only the Concat reads is rounded to the steps of its output anyway, so that finer steps of its own help nobody.
+        """
+        zero_point = self.params(output).zero_point
+        inputs = {t.name: t for t in node.inputs if self.params(t.name).zero_point == zero_point}
+        if self.free(output) and inputs:
+            self.move(output, max(self.scale(name) for name in inputs))
+        target = self.scale(output)
         for name in inputs:
-            own = self.params(name)
             apart = self.state.leader(name) != self.state.leader(output)
+            fits = target <= self.limits.get(self.state.leader(name), np.inf)
+            near = tie <= self.scale(name) / target <= 1.02
             if (
                 apart
                 and self.free(name)
-                and own.zero_point == target.zero_point
-                and tie <= own.scale / target.scale <= 1.02
+                and (near or (fits and self.scale(name) <= target and self._only_for(name, node)))
             ):
-                self.move(name, np.float32(target.scale))
+                self.move(name, target)
                 self.join(name, output)
+
+    def _only_for(self, name: str, reader: Node) -> bool:
+        """Whether nothing but `reader` reads the values of a tensor, or of those that share its params."""
+        members = set(self.members[self.state.leader(name)])
+        outputs = {t.name for t in self.state.graph.outputs}
+        for tensor in (self.tensors[member] for member in members if member in self.tensors):
+            passed_on = [n for n in tensor.outputs if n is not reader and n.outputs[0].name not in members]
+            if passed_on or tensor.name in outputs:
+                return False
+        return True
