@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,18 @@ def compile_model(
     verify: bool = True,
     compare: bool = True,
     dump: str | Path | None = None,
+    instruments: Sequence[Instrument] = (),
     **options: Any,
 ) -> CompileResult:
     """Compile a float ONNX model to int8; write it if `output` is given.
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
     verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples that
-    are held back from calibration. dump: a folder for the model after every pass. options: the fields of `CompileOptions`:
-    emit: `kernels` (fast), `integer` or `qdq`; all three compute the same. collector: how ranges are measured. samples: use at
-    most so many. target, per_tensor: the hardware, one weight scale per tensor. keep_float: patterns of node or output names.
-    passes: a pipeline in text form instead of the default one, until: a pass or phase to stop after. preprocess: of images.
-    load: plug-in files. progress: called with samples done and samples in all.
+    are held back from calibration. dump: a folder for the model after every pass. instruments: what else watches the
+    passes. options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same.
+    collector: how ranges are measured. samples: use at most so many. target, per_tensor: the hardware, one weight scale per
+    tensor. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one, until: a
+    pass or phase to stop after. preprocess: of images. load: plug-in files. progress: called with samples done and in all.
 
     Raises UserError for whatever the caller can mend.
     """
@@ -120,10 +121,10 @@ def compile_model(
         emitter.check_path(target_path, None if isinstance(model, onnx.ModelProto) else Path(model))
     job = prepare(model, calib, CompileOptions(**options))
     timing, operators = Timing(), Operators()
-    instruments: list[Instrument] = [timing, operators]
-    instruments += [Dump(Path(dump))] if dump is not None else []
-    instruments += [Verify()] if verify else []
-    job.pipeline.run(job.state, instruments)
+    watchers: list[Instrument] = [timing, *instruments, operators]
+    watchers += [Dump(Path(dump))] if dump is not None else []
+    watchers += [Verify()] if verify else []
+    job.pipeline.run(job.state, watchers)
     compiled = finish(job)
     report = Report(
         source=job.float_model.graph.name if isinstance(model, onnx.ModelProto) else str(model),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ class Refused:
     reason: str
     culprit: str
 
+    @property
+    def blame(self) -> str:
+        """The culprit in brackets, unless that is the node itself, or the reason names it."""
+        return f" ({self.culprit})" if self.culprit not in ("", self.node) and self.culprit not in self.reason else ""
+
 
 @dataclass
 class Refusals(Watcher):
@@ -131,6 +137,29 @@ class Refusals(Watcher):
             reasons |= {b.root: Refusal(b.reason, b.root) for b in state.blocks.values() if not b.quantized}
         nodes = [n for graph in ir.all_graphs(state.graph) for n in graph.nodes if n.name in reasons]
         self.found.append((stage.name, [_refused(node, reasons[node.name]) for node in nodes]))
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Plain data, ready for JSON."""
+        return [{"pass": name, "refused": [asdict(r) for r in refused]} for name, refused in self.found]
+
+    def lines(self, verbose: bool = False) -> Iterator[str]:
+        """The text of `--why`: nodes that something was in the way of, then, by reason, those that matched nothing.
+
+        `verbose` lists the latter one by one, too.
+        """
+        for name in [name for name in self.passes if name not in dict(self.found)]:
+            yield f"{name}: did not run"
+        told: dict[str, list[Refused]] = {}
+        for name, refused in self.found:
+            if refused and told.get(name) == refused:
+                yield f"{name}: left the same {len(refused)} nodes again"
+                continue
+            told[name] = refused
+            yield f"{name}: left {len(refused)} nodes as they were"
+            single = [r for r in refused if r.culprit or verbose]
+            yield from (f"  {r.node}  {r.op}: {r.reason}{r.blame}" for r in single)
+            grouped = Counter((r.op, r.reason) for r in refused if not r.culprit and not verbose)
+            yield from (f"  {count} x {op}: {reason}" for (op, reason), count in grouped.most_common())
 
 
 def _refused(node: ir.Node, refusal: Refusal) -> Refused:

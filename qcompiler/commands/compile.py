@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qcompiler.errors import UserError
 from qcompiler.options import (
     FORMATTING,
     IMAGES,
@@ -41,6 +42,8 @@ Examples:
 @pipeline_options
 @click.option("--dump", type=PATH, metavar="DIR", help="Write the model after every pass.")
 @click.option("--time", "show_time", is_flag=True, help="Show what each pass took.")
+@click.option("--trace", type=PATH, metavar="FILE.json", help="Write a timeline of the passes for Chrome or Perfetto.")
+@click.option("--why", multiple=True, metavar="PASS", help="Show what this pass left as it was, and why; repeatable.")
 @click.option("--no-verify", is_flag=True, help="Do not check the invariants after every pass.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -50,6 +53,8 @@ def command(
     model: Path,
     output: Path | None,
     show_time: bool,
+    trace: Path | None,
+    why: tuple[str, ...],
     no_verify: bool,
     as_json: bool,
     quiet: bool,
@@ -60,8 +65,10 @@ def command(
 ) -> None:
     """Compile MODEL and write MODEL-stem.int8.onnx."""
     from qcompiler.compile import compile_model  # noqa: PLC0415  (so that --help is quick)
+    from qcompiler.instrument import Refusals, Trace  # noqa: PLC0415
 
     calib, images = options.pop("calib"), preprocess(options)
+    refusals = Refusals(_known_passes(why, options["load"])) if why else None
     output = model.with_name(f"{model.stem}.int8.onnx") if output is None else output
     with progress_bar(not quiet) as progress:
         result = compile_model(
@@ -71,17 +78,32 @@ def command(
             verify=not no_verify,
             compare=as_json or not quiet,
             dump=dump,
+            instruments=[*([Trace(trace)] if trace else []), *([refusals] if refusals else [])],
             preprocess=images,
             progress=progress,
             **{key: value for key, value in options.items() if key not in IMAGES},
         )
     try:
         if as_json:
-            click.echo(json.dumps(result.report.to_dict()))
+            why_not = {"why": refusals.to_dict()} if refusals else {}
+            click.echo(json.dumps({**result.report.to_dict(), **why_not}))
         elif not quiet:
             _print_summary(result, verbose, show_time)
+        if refusals and not as_json:
+            click.echo("\n".join(refusals.lines(verbose)))
     except BrokenPipeError:  # whoever read the summary has gone; the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _known_passes(names: tuple[str, ...], load: tuple[Path, ...]) -> tuple[str, ...]:
+    from qcompiler.pipeline import closest  # noqa: PLC0415
+    from qcompiler.plugin import load_registry  # noqa: PLC0415
+
+    passes = load_registry(load).passes
+    for name in names:
+        if name not in passes:
+            raise UserError(f"no pass is called {name!r}{closest(name, passes)}", "--why")
+    return names
 
 
 def _print_summary(result: CompileResult, verbose: bool, show_time: bool) -> None:
