@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import external_data_helper
 
@@ -27,6 +28,8 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
     """Export the state with the metadata of the float model and, under `qcompiler.`, what made this one.
 
     `qcompiler.provenance` maps the nodes to the float layers that they came from; nodes that kept a layer's name are left out.
+    `qcompiler.tensors` maps the integer activations to the tensor of the float model (null if there is none), scale and zero
+    point.
     """
     nodes = [n.name for n in state.graph.nodes]
     origin = {name: list(state.origin[name]) for name in nodes if state.origin.get(name, (name,)) != (name,)}
@@ -36,11 +39,22 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
         "emit": state.phase.name.lower(),
         **made_by,
         "provenance": json.dumps(origin, separators=(",", ":")),
+        "tensors": json.dumps(_activations(state), separators=(",", ":")),
     }
     metadata = {**state.metadata, **{f"qcompiler.{key}": value for key, value in made_by.items()}}
     model = ir.to_proto(state.graph, metadata)
     model.producer_name, model.producer_version = "qcompiler", __version__
     return model
+
+
+def _activations(state: CompileState) -> dict[str, tuple[str | None, float, int]]:
+    """What the integer activations stand for. A scale is the shortest decimal that reads back as the same float32."""
+    table = {}
+    for tensor in ir.tensors(state.graph):
+        params = state.params.get(tensor.name)
+        if params is not None and not ir.is_constant(tensor) and tensor.dtype == np.dtype(params.spec.dtype):
+            table[tensor.name] = (state.ties.get(tensor.name), float(str(params.scale)), params.zero_point)
+    return table
 
 
 def check(model: onnx.ModelProto, source: onnx.ModelProto) -> None:

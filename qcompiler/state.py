@@ -63,11 +63,12 @@ class CompileState:
     """The graph and its side tables. Tables are keyed by node or tensor name; names never carry meaning.
 
     `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
-    shares. `params`: tensor -> what it got (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table
-    node -> the float model that filled it. `origin`: node -> the float layers that it came from. `corrected`: layers whose bias
-    holds a correction. `refusals`: node -> why the pass that runs, or ran last, left it as it is. `keep_float`: patterns of node
-    and output names that the user keeps in float. `calibration`: the samples; `collectors`: the known ways to measure ranges, by
-    name; `progress`: called with the number of samples done and in all.
+    shares; after insert-qdq also integer tensor -> the float tensor that it stands for. `params`: tensor -> what it got
+    (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table node -> the float model that filled it.
+    `origin`: node -> the float layers that it came from. `corrected`: layers whose bias holds a correction. `refusals`: node
+    -> why the pass that runs, or ran last, left it as it is. `keep_float`: patterns of node and output names that the user
+    keeps in float. `calibration`: the samples; `collectors`: the known ways to measure ranges, by name; `progress`: called
+    with the number of samples done and in all.
     """
 
     graph: Graph

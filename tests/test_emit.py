@@ -42,6 +42,7 @@ def test_the_model_says_what_made_it() -> None:
         "qcompiler.pipeline": "cleanup",
         "qcompiler.calibration": "f00",
         "qcompiler.provenance": '{"n1":["conv","bn"]}',
+        "qcompiler.tensors": "{}",
     }
     assert json.loads(props["qcompiler.provenance"]) == {"n1": ["conv", "bn"]}
 

@@ -48,6 +48,7 @@ class _Inserter:
         self.rewriter = Rewriter(state)
         self.nodes = {n.name: n for n in state.graph.nodes}
         self.made_by_block: set[str] = set()
+        self.unclipped: set[str] = set()
         self.count = 0
 
     def block(self, root: Node, block: Block) -> None:
@@ -98,6 +99,7 @@ class _Inserter:
 
     def _split(self, root: Node, block: Block, followers: list[Node], params: QuantParams | None) -> None:
         inner = root.outputs[0]
+        self.unclipped.add(inner.name)
         self.state.blocks[block.root] = replace(block, nodes=(root.name,), outputs=(inner.name,))
         for node in followers:
             quantized = params is not None
@@ -126,7 +128,10 @@ class _Inserter:
         maker = ir.producer(tensor)
         assert maker is not None
         raw = self.rewriter.cut(tensor)
-        self._dequantize(self._quantize(raw, params, maker), params, maker, tensor)
+        integers = self._quantize(raw, params, maker)
+        if tensor.name not in self.unclipped:  # integers that saturate early do not stand for the float tensor
+            self.state.ties[integers.name] = tensor.name
+        self._dequantize(integers, params, maker, tensor)
 
     def _behind_float(self, tensor: Tensor, params: QuantParams) -> None:
         """tensor -> Q -> DQ for the quantized readers; float readers keep the exact value."""
@@ -134,6 +139,7 @@ class _Inserter:
         if not readers:
             return
         integers = self._quantize(tensor, params, readers[0])
+        self.state.ties[integers.name] = tensor.name
         self.rewriter.replace_uses(tensor, self._dequantize(integers, params, readers[0]), readers)
 
     def _reads_quantized(self, node: Node, tensor: Tensor) -> bool:
