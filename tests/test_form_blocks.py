@@ -61,7 +61,8 @@ def test_bounds_of_a_chain_are_intersected(chain: str, low: float, high: float) 
         pytest.param("a = Conv(x, w) y = Relu(a)", "float[] y, float[] a", id="also a graph output"),
         pytest.param("a = Conv(x, w) r = Relu(a) y = Add(a, r)", "float[] y", id="two readers"),
         pytest.param("y = Relu(x)", "float[] y", id="nothing before it"),
-        pytest.param("a = Sigmoid(x) y = Relu(a)", "float[] y", id="behind a table"),
+        pytest.param("a = Softmax(x) y = Relu(a)", "float[] y", id="behind a float operator"),
+        pytest.param("a = Sigmoid(x) y = Add(a, x)", "float[] y", id="an addition of two tensors"),
         pytest.param("a = Conv(x, w) y = Clip(a, six, one)", "float[] y", id="empty range"),
         pytest.param("m = ReduceMax(x) a = Conv(x, w) y = Clip(a, zero, m)", "float[] y", id="variable bound"),
         pytest.param("a = Conv(x, w) y = LeakyRelu(a)", "float[] y", id="no saturation"),
@@ -71,6 +72,21 @@ def test_what_stands_alone(body: str, outputs: str) -> None:
     state = blocks_of(body, outputs)
     assert absorbed(state) == []
     assert list(state.blocks) == [n.name for n in state.graph.nodes]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Sigmoid(x) b = Tanh(a) y = Neg(b)",
+        "a = HardSwish(x) b = Mul(a, six) y = Add(one, b)",
+        "a = Elu(x) b = Relu(a) y = Clip(b, zero, six)",
+    ],
+)
+def test_functions_in_a_row_are_one_block(body: str) -> None:
+    state = blocks_of(body)
+    (block,) = state.blocks.values()
+    assert block.nodes == tuple(n.name for n in state.graph.nodes)
+    assert (block.outputs, block.low, block.high) == (("y",), -math.inf, math.inf)
 
 
 def test_the_graph_does_not_change_and_a_second_run_finds_nothing() -> None:

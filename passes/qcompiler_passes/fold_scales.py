@@ -188,16 +188,21 @@ def _fold_clip(rewriter: Rewriter, node: Node) -> Refusal | None:
 
 
 def _fold_table(rewriter: Rewriter, node: Node) -> Refusal | None:
-    found = _operands(rewriter, node)
-    if isinstance(found, Refusal):
-        return found
-    integers, params, q, _ = found
-    constants = [t for t in node.inputs[1:] if not t.is_empty()]
-    if not all(ir.is_constant(t) for t in constants):
+    chain = [node]
+    while quantizer(rewriter, chain[-1].outputs[0]) is None:
+        follower = rewriter.only_user(chain[-1].outputs[0])
+        if follower is None or follower.name not in rewriter.state.blocks[node.name].nodes:
+            return Refusal("it does not stand between DQ and Q", node.name)
+        chain.append(follower)
+    dq, q = dequantized(node.inputs[0]), quantizer(rewriter, chain[-1].outputs[0])
+    if dq is None or q is None:
+        return Refusal("it does not stand between DQ and Q", node.name)
+    if not all(ir.is_constant(t) for t in node.inputs[1:] if not t.is_empty()):
         return Refusal("an operand is not a constant", node.name)
-    _table(rewriter, node, integers[0], params[0], q.outputs[0])
-    rewriter.remove(q)
-    rewriter.remove(node)
+    x = dq.inputs[0]
+    _table(rewriter, node, x, rewriter.state.params[x.name], q.outputs[0])
+    for done in (q, *chain):
+        rewriter.remove(done)
     return None
 
 

@@ -17,9 +17,10 @@ _ABSORBING = {Lowering.MAC, Lowering.ADD, Lowering.MUL, Lowering.SUM}
 
 @dataclass(frozen=True)
 class FormBlocks:
-    """Record which nodes run as one: Conv|Gemm|MatMul|Add|Mul|GlobalAveragePool, then Relu|Clip.
+    """Record which nodes run as one: Conv|Gemm|MatMul|Add|Mul|GlobalAveragePool, then Relu|Clip; chains of functions.
 
     The graph does not change. An activation is absorbed if nothing else reads what it reads; saturation does its work then.
+    Element-wise functions in a row, with Add, Mul, … of single numbers between them, are one function with one table.
     """
 
     name: ClassVar[str] = "form-blocks"
@@ -27,7 +28,7 @@ class FormBlocks:
     establishes: ClassVar[Phase | None] = Phase.FUSED
 
     def run(self, state: CompileState) -> int:
-        """Return the number of activations absorbed, 0 if the blocks are formed already."""
+        """Return the number of nodes absorbed, 0 if the blocks are formed already."""
         if state.blocks:
             return 0
         rewriter = Rewriter(state)
@@ -35,29 +36,45 @@ class FormBlocks:
         for node in state.graph.nodes:
             if node.name in absorbed:
                 continue
-            block = _block(rewriter, node, _absorbs(state, node) and not rewriter.exhausted)
+            block = _block(rewriter, node)
             state.blocks[node.name] = block
             absorbed.update(block.nodes[1:])
             rewriter.count += len(block.nodes) - 1
         return rewriter.count
 
 
-def _absorbs(state: CompileState, node: Node) -> bool:
+def _lowering(state: CompileState, node: Node) -> Lowering:
     rule = state.ops.get(op_key(node.op, node.domain))
-    return rule is not None and rule.lowering in _ABSORBING
+    return Lowering.NONE if rule is None else rule.lowering
 
 
-def _block(rewriter: Rewriter, root: Node, absorbs: bool) -> Block:
+def _block(rewriter: Rewriter, root: Node) -> Block:
     nodes, low, high = [root], -math.inf, math.inf
-    while absorbs:
+    lowering = _lowering(rewriter.state, root)
+    while not rewriter.exhausted and lowering in {*_ABSORBING, Lowering.TABLE}:
         follower = rewriter.only_user(nodes[-1].outputs[0])
-        bounds = None if follower is None else activation_bounds(follower)
-        if follower is None or bounds is None:
+        if follower is None:
             break
-        low, high = (min(max(edge, bounds[0]), bounds[1]) for edge in (low, high))
+        if lowering is Lowering.TABLE:
+            if not _is_function(rewriter.state, follower):
+                break
+        else:
+            bounds = activation_bounds(follower)
+            if bounds is None:
+                break
+            low, high = (min(max(edge, bounds[0]), bounds[1]) for edge in (low, high))
         nodes.append(follower)
     outputs = tuple(t.name for t in nodes[-1].outputs if not t.is_empty())
     return Block(root.name, tuple(n.name for n in nodes), outputs, low, high)
+
+
+def _is_function(state: CompileState, node: Node) -> bool:
+    """Whether a node computes each element from one element of one tensor."""
+    if op_key(node.op, node.domain) in ("Add", "Sub", "Mul", "Div"):
+        rank = len(ir.shape(node.outputs[0]) or (1,))
+        sizes = [(c.size, c.ndim <= rank) for t in node.inputs if (c := ir.value(t)) is not None]
+        return sizes == [(1, True)]
+    return _lowering(state, node) is Lowering.TABLE or activation_bounds(node) is not None
 
 
 def activation_bounds(node: Node) -> tuple[float, float] | None:

@@ -60,7 +60,8 @@ class _Inserter:
                 self._constant(root, index, array, params)
         if rule.lowering is Lowering.MAC:
             self._weights(root, rule)
-        self._activation(root, block)
+        if rule.lowering is not Lowering.TABLE:
+            self._activation(root, block)
         self.made_by_block.update(block.outputs)
 
     def _constant(self, node: Node, index: int, array: quant.Array, params: QuantParams) -> None:
