@@ -23,6 +23,9 @@ from qcompiler import runtime
 from qcompiler.external import graphs
 from qcompiler.runtime import Feeds
 
+MIN_RUNS, MAX_RUNS = 3, 50
+"""Traces take a kilobyte per node and run."""
+
 _TAG = re.compile(r"@(\d+)@")
 _INNER = "@inner@"
 _SUFFIX = "_kernel_time"
@@ -44,14 +47,14 @@ class Profile:
 
 
 def profile(models: Sequence[onnx.ModelProto], feeds: Feeds, seconds: float = 2.0) -> list[Profile]:
-    """Run the models in turns for about `seconds` in all, on one thread, and return the profile of each.
+    """Run the models in turns, on one thread, for about `seconds` or MAX_RUNS times, and return the profile of each.
 
     The time of a node is the median over all runs but the first. Raises OSError if the temporary folder cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         runners = [runtime.session(_tagged(model), profile=Path(folder, str(i))) for i, model in enumerate(models)]
         runs, end = 0, time.perf_counter() + seconds
-        while runs < 3 or time.perf_counter() < end:
+        while runs < MIN_RUNS or (runs < MAX_RUNS and time.perf_counter() < end):
             for runner in runners:
                 runtime.run(runner, feeds)
             runs += 1
@@ -101,7 +104,7 @@ def _tagged(model: onnx.ModelProto) -> onnx.ModelProto:
 def _tag_functions(model: onnx.ModelProto) -> None:
     """Give every call a function of its own, whose nodes carry the tag of the call."""
     known = {(f.domain, f.name): f for f in model.functions}
-    own = []
+    own: list[onnx.FunctionProto] = []
     for node in model.graph.node:
         function = known.get((node.domain, node.op_type))
         if function is not None:

@@ -1,0 +1,160 @@
+"""Where a compiled model is cut into layers: at the tensors that stand for tensors of the float model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from qcompiler import runtime
+from qcompiler.difference import Array, Difference
+from qcompiler.errors import UserError
+from qcompiler.external import graphs
+from qcompiler.quant import F32, QuantParams, QuantSpec, dequantize, quantize
+from qcompiler.state import Feeds
+
+_LOCAL = "qcompiler.local."
+
+
+def metadata(model: onnx.ModelProto, key: str, where: str = "model") -> dict[str, Any]:
+    """The JSON under `qcompiler.KEY`. Raises UserError if it is not there."""
+    for entry in model.metadata_props:
+        if entry.key == f"qcompiler.{key}":
+            table = json.loads(entry.value)
+            assert isinstance(table, dict)
+            return table
+    raise UserError("this version of qcompiler did not write it: it does not say what its tensors stand for", where)
+
+
+class Cut:
+    """Where the compiled model is cut into layers. `source`: tensor of the compiled model -> the float tensor behind it."""
+
+    def __init__(self, float_model: onnx.ModelProto, compiled: onnx.ModelProto) -> None:
+        self.nodes = list(compiled.graph.node)
+        self.table = metadata(compiled, "tensors")
+        self.provenance = metadata(compiled, "provenance")
+        self.maker = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+        self.inputs = [v.name for v in compiled.graph.input]
+        known = {v.name for v in float_model.graph.input} | {name for n in float_model.graph.node for name in n.output}
+        found = {name: self._behind(name) for name in self.maker}
+        self.source = {name: source for name, source in found.items() if source in known and source is not None}
+        self.floats: set[str] = set()
+        self.skipped = {t: "no float tensor stands behind it" for t in self.table if t not in self.source}
+
+    def _behind(self, name: str) -> str | None:
+        """The float tensor that a tensor of the compiled model stands for, if any."""
+        if name in self.table:
+            source = self.table[name][0]
+            return None if source is None else str(source)
+        maker = self.nodes[self.maker[name]]
+        is_copy = maker.op_type == "DequantizeLinear" and maker.input[0] in self.table
+        return None if is_copy else name
+
+    @property
+    def sources(self) -> list[str]:
+        """The float tensors to look at."""
+        return list(self.source.values())
+
+    @property
+    def tensors(self) -> list[str]:
+        """The tensors of the compiled model to look at."""
+        return list(self.source)
+
+    def match(self, wanted: dict[str, Any], given: dict[str, Any]) -> None:
+        """Give up the tensors whose shapes differ, or that are not arrays."""
+        for name, source in list(self.source.items()):
+            x, y = wanted[source], given[name]
+            if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.shape != y.shape:
+                del self.source[name]
+                self.skipped[name] = f"its shape is not that of {source!r} in the float model"
+            elif x.dtype.kind == "f":
+                self.floats.add(name)
+
+    def layer(self, tensor: str) -> list[int]:
+        """The nodes between a tensor and the cuts before it, in order."""
+        seen: set[int] = set()
+        stack = [self.maker[tensor]]
+        while stack:
+            i = stack.pop()
+            if i not in seen:
+                seen.add(i)
+                reads = [name for name in _reads(self.nodes[i]) if name in self.maker and name not in self.source]
+                stack += [self.maker[name] for name in reads]
+        return sorted(seen)
+
+    def rows(self) -> list[str]:
+        """The tensors that end a layer with integers in it."""
+        found = [t for t in self.source if t in self.floats]
+        return [t for t in found if t in self.table or any(self._is_integer(i) for i in self.layer(t))]
+
+    def _is_integer(self, node: int) -> bool:
+        return any(name in self.table for name in (*self.nodes[node].input, *self.nodes[node].output))
+
+    def layers(self, nodes: Sequence[int]) -> tuple[str, ...]:
+        """The float layers behind nodes."""
+        names = [self.nodes[i].name for i in nodes]
+        return tuple(dict.fromkeys(layer for name in names for layer in self.provenance.get(name, [name])))
+
+
+class Local:
+    """Every layer on its own, in one model: each tensor at a cut is an input to its readers, fed from the float model."""
+
+    def __init__(self, compiled: onnx.ModelProto, cut: Cut, given: dict[str, Any]) -> None:
+        self._cut = cut
+        self._params = {name: _params(cut.table[name], given[name]) for name in cut.source if name in cut.table}
+        self.totals = {name: Difference() for name in cut.rows()}
+        model = onnx.ModelProto()
+        model.CopyFrom(compiled)
+        self._fed = _sever(model.graph, list(cut.source))
+        for name in self._fed:
+            kind = helper.np_dtype_to_tensor_dtype(given[name].dtype)
+            shape = [None] * given[name].ndim
+            model.graph.input.append(helper.make_tensor_value_info(_LOCAL + name, kind, shape))
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.totals)
+        self._runner = runtime.session(model)
+
+    def real(self, name: str, values: Array) -> F32:
+        """What a tensor of the compiled model stands for."""
+        return dequantize(values, self._params[name]) if name in self._params else values
+
+    def add(self, feeds: Feeds, wanted: dict[str, Any]) -> None:
+        """Run all layers on the float model's tensors and take in what differs."""
+        inputs = dict(feeds)
+        for name in self._fed:
+            value = wanted[self._cut.source[name]]
+            inputs[_LOCAL + name] = quantize(value, self._params[name]) if name in self._params else value
+        results = runtime.run(self._runner, inputs)
+        for (name, total), result in zip(self.totals.items(), results, strict=True):
+            total.add(wanted[self._cut.source[name]], self.real(name, result))
+
+
+def _params(entry: Sequence[Any], values: Array) -> QuantParams:
+    info = np.iinfo(values.dtype)
+    spec = QuantSpec(values.dtype.name, int(info.min), int(info.max))
+    return QuantParams(spec, np.asarray(entry[1], np.float32), int(entry[2]))
+
+
+def _sever(graph: onnx.GraphProto, names: Sequence[str]) -> list[str]:
+    """Let the readers of these tensors read graph inputs instead; return those that are read."""
+    renamed = {name: _LOCAL + name for name in names}
+    read = {name for node in graph.node for name in _reads(node)}
+    for level in graphs(graph):
+        for node in level.node:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+        for value in level.output if level is not graph else ():
+            value.name = renamed.get(value.name, value.name)
+    return [name for name in names if name in read]
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Every tensor that the node or a subgraph in it may read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            yield from (name for level in graphs(inner) for n in level.node for name in n.input)
+            yield from (value.name for level in graphs(inner) for value in level.output)
