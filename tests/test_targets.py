@@ -180,6 +180,13 @@ def test_the_integer_target_ends_in_standard_integer_operators(key: str, middle:
     assert not {"QLinearConv", "QGemm", "QLinearAdd", key} & set(ops) - {"Tanh"}
 
 
+@pytest.mark.parametrize("target", [ORT_CPU, INTEGER], ids=lambda t: t.name)
+def test_functions_in_a_row_take_one_step(target: Target) -> None:
+    forms = all_forms(between_layers("h = HardSwish(a) s = Mul(half, h) t = Add(s, half) m = Relu(t)"), target)
+    assert_bit_identical(forms)
+    assert [n.op_type for n in forms.integer.graph.node].count("Table") == 1
+
+
 @pytest.mark.parametrize("key", ["Conv", "Gemm", "MatMul"])
 def test_the_avx2_target_keeps_weights_in_seven_bits(key: str) -> None:
     for middle in CASES[key]:
