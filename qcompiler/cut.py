@@ -27,7 +27,7 @@ def metadata(model: onnx.ModelProto, key: str, where: str = "model") -> dict[str
             table = json.loads(entry.value)
             assert isinstance(table, dict)
             return table
-    raise UserError("this version of qcompiler did not write it: it does not say what its tensors stand for", where)
+    raise UserError("it does not say what its tensors stand for: compile it with this version of qcompiler", where)
 
 
 class Cut:

@@ -13,7 +13,8 @@ from qcompiler.errors import UserError
 from qcompiler.options import FORMATTING, PATH, data_options, json_option, preprocess
 
 if TYPE_CHECKING:
-    from qcompiler.compare import Comparison, LayerError, OutputError
+    from qcompiler.compare import Comparison, LayerError
+    from qcompiler.difference import OutputError
 
 DEFAULT_SAMPLES = 16
 PROFILE_SECONDS = 2.0
