@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -125,6 +125,27 @@ def preprocess(given: dict[str, Any]) -> Preprocess | None:
     if preset is not None and preset not in PRESETS:
         raise UserError(f"no preset is called {preset!r}; known: {', '.join(PRESETS)}", "--preset")
     return replace(PRESETS[preset] if preset else Preprocess(), **wanted)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print columns: with colours on a terminal, else as aligned text, the last column in full."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    cells = [list(row) for row in rows]
+    console = Console(highlight=False)
+    if console.is_terminal:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for index, title in enumerate(head):
+            table.add_column(title, no_wrap=index == 0, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    for row in ([*head], *cells):
+        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @contextmanager

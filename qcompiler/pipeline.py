@@ -116,14 +116,15 @@ class Pipeline:
 def format_pass(stage: Pass) -> str:
     """The text of one pass: its name, and the options that differ from their defaults."""
     options = [
-        f"{f.name}={_format_value(getattr(stage, f.name))}"
+        f"{f.name}={format_value(getattr(stage, f.name))}"
         for f in fields(stage)  # type: ignore[arg-type]
         if getattr(stage, f.name) != f.default
     ]
     return stage.name + ("{" + " ".join(options) + "}" if options else "")
 
 
-def _format_value(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """The text of an option's value."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

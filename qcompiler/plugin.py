@@ -51,10 +51,9 @@ class Registry:
     packages: dict[str, str] = field(default_factory=dict)
 
     def home(self, kind: str, name: str) -> str:
-        """Where a thing came from: `plug-in (package version)`, or the plug-in alone if it says nothing more."""
+        """The package and its version, or the file, that a thing came from."""
         plugin = self.source[kind, name]
-        package = self.packages.get(plugin, "")
-        return f"{plugin} ({package})" if package else plugin
+        return self.packages.get(plugin) or plugin
 
     def add(self, plugin: Plugin, package: str = "") -> None:
         """Add all that a plug-in offers. Raises UserError where a name is taken, naming both packages."""

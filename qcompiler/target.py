@@ -39,8 +39,13 @@ class Target:
         rule = rules.get(key)
         if rule is None:
             return f"{key} has no row in the operator table"
+        return self.why_never(rule) or rule.refuse(node)
+
+    def why_never(self, rule: OpRule) -> str | None:
+        """The reason why all nodes of an operator stay float on this target, or None if it depends on the node."""
+        key = op_key(rule.op, rule.domain)
         if key in self.stays_float:
             return self.stays_float[key]
         if rule.result is Result.FLOAT or rule.lowering not in self.lowerings:
             return f"{key} has no integer kernel on {self.name}"
-        return rule.refuse(node)
+        return None
