@@ -5,7 +5,7 @@ Names, counts, provenance, refusals and the limit of bisection live here, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,7 +189,7 @@ Rule = Callable[[Rewriter, Node], Refusal | None]
 MAX_ROUNDS = 100
 
 
-def apply_rules(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule]]) -> int:
+def apply_rules(rewriter: Rewriter, rules: Mapping[str, Rule | Sequence[Rule]]) -> int:
     """Apply rules by operator type (`op_key`) until none fires; return the number of rewrites.
 
     The last refusal of each node that is left stays in `state.refusals`. Raises RuntimeError if rules do not settle.
@@ -202,12 +202,12 @@ def apply_rules(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule
     raise RuntimeError(f"rules do not reach a fixed point in {MAX_ROUNDS} rounds; the last to fire rewrote {fired!r}")
 
 
-def _one_round(rewriter: Rewriter, rules: dict[str, Rule] | dict[str, list[Rule]]) -> str | None:
+def _one_round(rewriter: Rewriter, rules: Mapping[str, Rule | Sequence[Rule]]) -> str | None:
     fired = None
     for node in list(rewriter.graph.nodes):
-        entry = rules.get(op_key(node.op, node.domain))
+        entry = rules.get(op_key(node.op, node.domain), ())
         name, refusals = node.name, []
-        for rule in [] if entry is None else entry if isinstance(entry, list) else [entry]:
+        for rule in [entry] if callable(entry) else entry:
             if rewriter.exhausted or not node.outputs:
                 break
             refusal = rule(rewriter, node)
