@@ -44,6 +44,8 @@ class Cut:
         self.source = {name: source for name, source in found.items() if source in known and source is not None}
         self.floats: set[str] = set()
         self.skipped = {t: "no float tensor stands behind it" for t in self.table if t not in self.source}
+        if len(self.skipped) * 2 > len(self.table):
+            raise UserError("it was not made from this float model: most tensors differ", "model")
 
     def _behind(self, name: str) -> str | None:
         """The float tensor that a tensor of the compiled model stands for, if any."""

@@ -1,0 +1,218 @@
+"""Bisection of a pipeline: the first pass, and the first single rewrite, after which a model fails a test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from qcompiler import ir
+from qcompiler.compile import Job
+from qcompiler.errors import UserError
+from qcompiler.instrument import Watcher
+from qcompiler.ir import Graph, Node
+from qcompiler.pipeline import Pass, PassError, Pipeline
+from qcompiler.predicate import Fails
+from qcompiler.state import CompileState
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What breaks the model. `stage`: the text of the pass; `position`: its number in the pipeline, from 1.
+
+    `rewrite`, of `rewrites`: the first rewrite that breaks it, or None if the pass works as a whole. `changes`: what that rewrite
+    (or the pass) did, a line per node: `-` removed, `+` added. `layers`: the float layers that it touched. `failure`: how the
+    model fails afterwards. `pipeline`: the shortest one found that still fails.
+    """
+
+    stage: str
+    position: int
+    rewrite: int | None
+    rewrites: int
+    changes: tuple[str, ...]
+    layers: tuple[str, ...]
+    failure: str
+    pipeline: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What running passes came to: how the model fails, or None; whether a pass broke; the rewrites of the last pass."""
+
+    failure: str | None
+    crashed: bool = False
+    rewrites: int = 0
+
+
+def bisect(job: Job, fails: Fails, progress: Callable[[str], None] = lambda _: None) -> Culprit | None:
+    """Run the pipeline of a job and find what makes the model fail; None if the final model does not.
+
+    Every pass leaves a model that runs, so each can be tested. A model that ONNX Runtime refuses fails, and so does a pass that
+    breaks. The job's state is not changed. Within the pass, a rewrite after the one that breaks the model is taken not to mend
+    it. Raises UserError if the float model itself fails.
+    """
+    trial = _Trial(fails)
+    failure = trial.test(job.state.graph)
+    if failure is not None:
+        raise UserError(f"the model fails before any pass: {failure}", "--fails")
+    state, stages = job.state.clone(), job.pipeline.passes
+    found: tuple[int, CompileState, _Outcome] | None = None
+    last = _Outcome(None)
+    for i, stage in enumerate(stages):
+        progress(f"pass {i + 1} of {len(stages)}: {stage.name}")
+        before = state.clone() if found is None else None
+        last = trial.run(stage, state)
+        if last.failure is not None and before is not None:
+            found = i, before, last
+        if last.crashed:
+            break
+    if found is None or last.failure is None:
+        return None
+    return _culprit(job, trial, progress, *found)
+
+
+def _culprit(
+    job: Job, trial: _Trial, progress: Callable[[str], None], index: int, before: CompileState, outcome: _Outcome
+) -> Culprit:
+    stage, prefix = job.pipeline.passes[index], job.pipeline.passes[: index + 1]
+    progress(f"rewrites of {stage.name}")
+    rewrite = trial.first_rewrite(stage, before, outcome)
+    changes, layers = _effect(stage, before, rewrite)
+    progress("shorter pipelines")
+    shortest = trial.shortest(prefix, job.state, outcome.crashed)
+    return Culprit(
+        stage=str(Pipeline((stage,))),
+        position=index + 1,
+        rewrite=rewrite,
+        rewrites=outcome.rewrites,
+        changes=tuple(changes),
+        layers=tuple(layers),
+        failure=outcome.failure or "",
+        pipeline=str(Pipeline(tuple(shortest))),
+    )
+
+
+class _Trial:
+    """Runs passes and tests what they leave; equal models are tested once."""
+
+    def __init__(self, fails: Fails) -> None:
+        self._fails = fails
+        self._verdicts: dict[bytes, str | None] = {}
+
+    def test(self, graph: Graph) -> str | None:
+        """How the model fails, or None."""
+        model = ir.to_proto(graph)
+        key = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+        if key not in self._verdicts:
+            self._verdicts[key] = self._fails(model)
+        return self._verdicts[key]
+
+    def run(self, stage: Pass, state: CompileState) -> _Outcome:
+        """Run one pass on the state, and test the model. Raises UserError if the pass cannot run there."""
+        counter = _Counter()
+        try:
+            Pipeline((stage,)).run(state, [counter])
+        except PassError as error:
+            return _Outcome(str(error), crashed=True)
+        return _Outcome(self.test(state.graph), rewrites=counter.count)
+
+    def limited(self, stage: Pass, before: CompileState, limit: int) -> bool:
+        """Whether the first `limit` rewrites of a pass break the model."""
+        state = before.clone()
+        state.rewrite_limit = limit
+        return self.run(stage, state).failure is not None
+
+    def first_rewrite(self, stage: Pass, before: CompileState, outcome: _Outcome) -> int | None:
+        """The number of the rewrite that breaks the model, from 1; None if the pass does not work by single rewrites."""
+        if self.limited(stage, before, 0):
+            return None
+        good, bad = 0, outcome.rewrites
+        if outcome.crashed:  # so it is not known how many rewrites there are
+            bad = 1
+            while not self.limited(stage, before, bad):
+                if bad > MAX_REWRITES:
+                    return None
+                good, bad = bad, 2 * bad
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (good, middle) if self.limited(stage, before, middle) else (middle, bad)
+        return bad or None
+
+    def shortest(self, stages: Sequence[Pass], start: CompileState, crashed: bool) -> list[Pass]:
+        """The passes without those whose absence leaves the last one the culprit; tried from the back, each once."""
+        kept = list(stages)
+        for stage in reversed(stages[:-1]):
+            fewer = [s for s in kept if s is not stage]
+            if self._last_breaks(fewer, start.clone(), crashed):
+                kept = fewer
+        return kept
+
+    def _last_breaks(self, stages: Sequence[Pass], state: CompileState, crashed: bool) -> bool:
+        try:
+            Pipeline(tuple(stages[:-1])).run(state)
+            if self.test(state.graph) is not None:
+                return False
+            outcome = self.run(stages[-1], state)
+        except (PassError, UserError):
+            return False
+        return outcome.failure is not None and outcome.crashed == crashed
+
+
+MAX_REWRITES = 1 << 20
+"""Where the search for a pass that breaks without end is given up."""
+
+
+class _Counter(Watcher):
+    """Keeps the number of rewrites."""
+
+    count = 0
+
+    def after(self, stage: Pass, state: CompileState, count: int) -> None:
+        """Note it."""
+        self.count = count
+
+
+def _effect(stage: Pass, before: CompileState, rewrite: int | None) -> tuple[list[str], list[str]]:
+    """What one rewrite, or the whole pass, did to the graph, as lines, and the float layers behind the nodes that changed."""
+    old, new = before.clone(), before.clone()
+    try:
+        if rewrite is not None:
+            old.rewrite_limit, new.rewrite_limit = rewrite - 1, rewrite
+            Pipeline((stage,)).run(old)
+        Pipeline((stage,)).run(new)
+    except PassError:
+        return [], []
+    a, b = _lines(old.graph), _lines(new.graph)
+    names = [name for name in dict.fromkeys((*a, *b)) if a.get(name, ("",))[0] != b.get(name, ("",))[0]]
+    origin = {**old.origin, **new.origin}
+    layers = dict.fromkeys(layer for name in names for layer in origin.get(name, (name,)))
+    return [line for name in names for line in _change(name, a.get(name), b.get(name))], list(layers)
+
+
+def _lines(graph: Graph) -> dict[str, tuple[str, Node]]:
+    """The text of each node, and the node, by name."""
+    lines = ir.text(graph).splitlines()[1:-1]
+    return {node.name: (line, node) for node, line in zip(graph.nodes, lines, strict=True)}
+
+
+def _change(name: str, old: tuple[str, Node] | None, new: tuple[str, Node] | None) -> Iterator[str]:
+    if old is not None:
+        yield f"- {name}: {old[0]}"
+    if new is not None:
+        yield f"+ {name}: {new[0]}"
+    for i, (x, y) in enumerate(zip(old[1].inputs, new[1].inputs, strict=False) if old and new else ()):
+        a, b = ir.value(x), ir.value(y)
+        if a is None or b is None or a.shape != b.shape or a.dtype.kind not in "fiu":
+            continue
+        gap = np.abs(b.astype(np.float64) - a.astype(np.float64))
+        if gap.any():
+            at = tuple(int(k) for k in np.unravel_index(gap.argmax(), gap.shape))
+            where = f" at {list(at)}" if at else ""
+            yield f"  input {i}: {np.count_nonzero(gap)} of {gap.size} values differ, most{where}: {a[at]:.6g} -> {b[at]:.6g}"
