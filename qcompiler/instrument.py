@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qcompiler import ir
 from qcompiler.errors import UserError
 from qcompiler.ops import op_key
@@ -199,4 +197,5 @@ class Operators(Watcher):
 
 
 def _may_be_float(tensor: ir.Tensor) -> bool:
-    return tensor.dtype is None or np.dtype(tensor.dtype).kind == "f"
+    name = ir.type_name(tensor)
+    return name == "?" or "float" in name

@@ -288,6 +288,13 @@ def tensors(graph: Graph) -> Iterator[Tensor]:
                 yield tensor
 
 
+def type_name(tensor: Tensor) -> str:
+    """The element type: NumPy's name, ONNX's for types that NumPy lacks (`bfloat16`), `?` if it is unknown or no tensor's."""
+    if isinstance(tensor.dtype, int):
+        return str(onnx.TensorProto.DataType.Name(tensor.dtype)).lower()
+    return "?" if tensor.dtype is None or isinstance(tensor.dtype, onnx.TypeProto) else np.dtype(tensor.dtype).name
+
+
 def shape(tensor: Tensor) -> tuple[int | str | None, ...] | None:
     """The static shape where known: ints, names of dynamic axes, None for unnamed ones; None if even the rank is unknown."""
     known = tensor.shape
@@ -316,11 +323,7 @@ def text(graph: Graph) -> str:
 
 def _declared(tensor: Tensor) -> str:
     dims = shape(tensor)
-    return f"{tensor.name}:{_dtype(tensor)}{'[?]' if dims is None else _dims(dims)}"
-
-
-def _dtype(tensor: Tensor) -> str:
-    return "?" if tensor.dtype is None else np.dtype(tensor.dtype).name
+    return f"{tensor.name}:{type_name(tensor)}{'[?]' if dims is None else _dims(dims)}"
 
 
 def _dims(dims: Iterable[Any]) -> str:

@@ -66,6 +66,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     _make_dense(model, where)
     if model.functions:
         model = inliner.inline_local_functions(model)
+    _refuse_types(model)
     _refuse_huge_tensors(model, where)
     try:
         runtime.session(model)
@@ -183,6 +184,28 @@ def _make_initializers_constant(model: onnx.ModelProto) -> None:
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     model.ir_version = max(model.ir_version, 4)
+
+
+USER_DEFINED = 2
+"""`numpy.dtype.isbuiltin` of types that another package (ml_dtypes) adds to NumPy."""
+
+
+def _refuse_types(model: onnx.ModelProto) -> None:
+    """Refuse element types that ONNX Runtime neither takes nor gives as NumPy arrays, and values that graphsurgeon mangles."""
+    for role, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            code = value.type.tensor_type.elem_type
+            if code and onnx.helper.tensor_dtype_to_np_dtype(code).isbuiltin == USER_DEFINED:
+                name = onnx.TensorProto.DataType.Name(code).lower()
+                raise UserError(f"the {role} is of type {name}, which NumPy lacks", f"{role} '{value.name}'")
+    for graph in graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            kind = value.type.WhichOneof("value") or "tensor_type"
+            if kind == "sequence_type" and not value.type.sequence_type.elem_type.HasField("tensor_type"):
+                kind = "sequence of other things than tensors"
+            elif kind in ("tensor_type", "sequence_type", "sparse_tensor_type"):
+                continue
+            raise UserError(f"values of type {kind.removesuffix('_type')} are not supported", value.name)
 
 
 def _make_dense(model: onnx.ModelProto, where: str) -> None:

@@ -7,8 +7,9 @@ the pass needs hardly more memory than plain inference.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Protocol
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qcompiler import runtime
 from qcompiler.collectors import Collector
 from qcompiler.errors import UserError
+from qcompiler.quant import F32
 from qcompiler.runtime import Feeds, Session
 
 SAMPLE_SIZE = 4096
@@ -46,13 +48,15 @@ def observe(
     progress: Progress | None = None,
     *,
     sample_size: int = SAMPLE_SIZE,
+    limits: Mapping[str, tuple[float, float]] | None = None,
     workers: int | None = None,
 ) -> dict[str, Collector]:
     """Run all samples once and return a collector for each of the float32 tensors (graph inputs, results of nodes).
 
-    `model` is consumed: it is changed into the instrumented model, so that a large one is not held twice. Of a tensor, samples
-    with no elements are passed over. Which values are looked at depends on the position of the sample only, and collectors
-    merge exactly, so that the number of `workers` (threads; at most two by default) cannot change the result.
+    `limits`: by tensor, the bounds at which values are clipped before they are taken in. `model` is consumed: it is changed
+    into the instrumented model, so that a large one is not held twice. Of a tensor, samples with no elements are passed over.
+    Which values are looked at depends on the position of the sample only, and collectors merge exactly, so that the number of
+    `workers` (threads; at most two by default) cannot change the result.
     Raises UserError that names the sample if the model does not take it or a value is not finite, ValueError for a tensor that
     the model does not have or that is not float32.
     """
@@ -62,7 +66,10 @@ def observe(
     session = runtime.session(model, low_memory=True)
     model.Clear()
     samples = _Samples(source, progress)
-    team = [_Worker(session, tensors, make) for _ in range(workers or min(MAX_WORKERS, os.cpu_count() or 1))]
+    team = [
+        _Worker(session, {t: (limits or {}).get(t, _NO_LIMITS) for t in tensors}, make)
+        for _ in range(workers or min(MAX_WORKERS, os.cpu_count() or 1))
+    ]
     with ThreadPoolExecutor(len(team)) as pool:
         futures = [pool.submit(worker.run, samples) for worker in team]
         try:
@@ -120,9 +127,12 @@ class _Samples:
 class _Worker:
     """Runs samples and feeds its own collectors."""
 
-    def __init__(self, session: Session, tensors: Sequence[str], make: Callable[[], Collector]) -> None:
+    def __init__(
+        self, session: Session, limits: Mapping[str, tuple[float, float]], make: Callable[[], Collector]
+    ) -> None:
         self.session = session
-        self.collectors = {name: make() for name in tensors}
+        self.limits = limits
+        self.collectors = {name: make() for name in limits}
 
     def run(self, samples: _Samples) -> None:
         """Take samples until there are no more or one fails."""
@@ -143,9 +153,24 @@ class _Worker:
         for (name, collector), (low, high), sample in zip(self.collectors.items(), bounds, values, strict=True):
             if sample.size:
                 try:
-                    collector.observe(low, high, sample)
+                    _take(collector, low, high, sample, self.limits[name])
                 except ValueError as error:
                     raise UserError(f"tensor {name!r}: {error}", where) from error
+
+
+_NO_LIMITS = (-math.inf, math.inf)
+
+
+def _take(collector: Collector, low: float, high: float, sample: F32, limits: tuple[float, float]) -> None:
+    """Let the collector observe a tensor clipped at the limits. Raises ValueError if a value is not finite."""
+    if limits == _NO_LIMITS:
+        collector.observe(low, high, sample)
+        return
+    if not (math.isfinite(low) and math.isfinite(high) and np.isfinite(sample).all()):
+        raise ValueError("a value is not finite")
+    least, greatest = limits
+    inner = np.clip(sample, np.float32(least), np.float32(greatest))
+    collector.observe(min(max(low, least), greatest), min(max(high, least), greatest), inner)
 
 
 def _scattered(index: int) -> int:

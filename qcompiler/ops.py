@@ -6,8 +6,9 @@ integer arithmetic. Targets decide which rows they run; passes only read rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from qcompiler import ir
@@ -50,7 +51,8 @@ class OpRule:
     """One operator. `operands`: roles by position, the last one repeats. `weight_axis`: the weight's output channels.
 
     `anchor`: worth a quantization of its own; other operators are quantized only between quantized neighbours.
-    `refuse(node)`: why this very node cannot be integer, or None.
+    `refuse(node)`: why this very node cannot be integer, or None. `saturates(node)`: the bounds beyond which a larger input
+    changes the result by less than 1e-4.
     """
 
     op: str
@@ -61,6 +63,7 @@ class OpRule:
     weight_axis: int | None = None
     anchor: bool = False
     refuse: Callable[[Node], str | None] = lambda node: None
+    saturates: Callable[[Node], tuple[float, float]] = lambda node: (-math.inf, math.inf)
 
     def role(self, index: int) -> Role:
         """The role of input `index`."""
@@ -127,6 +130,36 @@ def _spatial_size(node: Node) -> str | None:
 def _constant_bounds(node: Node) -> str | None:
     bounds = (ir.optional_input(node, i) for i in (1, 2))
     return None if all(b is None or ir.scalar(b) is not None for b in bounds) else "the bounds are not constants"
+
+
+def _hard_sigmoid(node: Node) -> tuple[float, float]:
+    alpha, beta = float(node.attrs.get("alpha", 0.2)), float(node.attrs.get("beta", 0.5))
+    return (-beta / alpha, (1 - beta) / alpha) if alpha > 0 else (-math.inf, math.inf)
+
+
+def _between(low: float, high: float) -> Callable[[Node], tuple[float, float]]:
+    return lambda node: (low, high)
+
+
+_SATURATES: dict[str, Callable[[Node], tuple[float, float]]] = {
+    "HardSwish": _between(-3, math.inf),
+    "HardSigmoid": _hard_sigmoid,
+    "Sigmoid": _between(-10, 10),
+    "Tanh": _between(-6, 6),
+    "Erf": _between(-3, 3),
+    "Gelu": _between(-5, math.inf),
+}
+
+
+def _table(op: str, domain: str = "") -> OpRule:
+    rule = OpRule(op, _ACT, Result.OWN, Lowering.TABLE, domain)
+    return replace(rule, saturates=_SATURATES[op]) if op in _SATURATES else rule
+
+
+def _quick_gelu(node: Node) -> tuple[float, float]:
+    """x * sigmoid(alpha * x) is below 1e-4 from alpha * x = -12 on."""
+    alpha = float(node.attrs.get("alpha", 1.702))
+    return (-12 / alpha, math.inf) if alpha > 0 else (-math.inf, math.inf)
 
 
 _ACT, _OTHER = (Role.ACT,), (Role.ACT, Role.OTHER)
@@ -206,9 +239,10 @@ OPS: dict[str, OpRule] = {
         OpRule("Pad", _OTHER, Result.SAME, Lowering.MOVE, refuse=_zero_pad),
         OpRule("Resize", _OTHER, Result.SAME, Lowering.MOVE, refuse=_nearest),
         *(OpRule(op, _OTHER, Result.SAME, Lowering.MOVE) for op in _MOVERS),
-        *(OpRule(op, _ACT, Result.OWN, Lowering.TABLE) for op in _TABLES),
-        OpRule("QuickGelu", _ACT, Result.OWN, Lowering.TABLE, domain=ir.CONTRIB_DOMAIN),
-        OpRule("Gelu", _ACT, Result.OWN, Lowering.TABLE, domain=ir.CONTRIB_DOMAIN),
+        *(_table(op) for op in _TABLES),
+        replace(_table("QuickGelu", ir.CONTRIB_DOMAIN), saturates=_quick_gelu),
+        _table("Gelu", ir.CONTRIB_DOMAIN),
+        _table("FastGelu", ir.CONTRIB_DOMAIN),
         *(OpRule(op, _OTHER, Result.FLOAT, Lowering.NONE) for op in _FLOATS),
     )
 }

@@ -38,8 +38,8 @@ def infer_shapes(graph: Graph, trust: bool = True) -> None:
 
 def kind(tensor: Tensor) -> str:
     """NumPy's letter for the kind of numbers in a tensor (`f`, `i`, `u`, `b`); empty for other types and unknown ones."""
-    if tensor.dtype is None or isinstance(tensor.dtype, int):
-        return ""  # graphsurgeon keeps the ONNX code of types that NumPy lacks
+    if tensor.dtype is None or isinstance(tensor.dtype, (int, onnx.TypeProto)):
+        return ""  # graphsurgeon keeps the ONNX code of types that NumPy lacks, and all of the type of sequences
     letter = np.dtype(tensor.dtype).kind
     return letter if letter in "fiub" else ""
 

@@ -134,7 +134,7 @@ def _conversion(state: CompileState, node: Node) -> Iterator[str]:
 
 
 def _is_accumulator(tensor: Tensor) -> bool:
-    return tensor.dtype is not None and np.dtype(tensor.dtype) == np.int32 and not ir.is_constant(tensor)
+    return ir.type_name(tensor) == "int32" and not ir.is_constant(tensor)
 
 
 def _integer(state: CompileState) -> Iterator[str]:

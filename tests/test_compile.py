@@ -195,6 +195,14 @@ def test_a_float_model_with_dequantized_weights_is_welcome() -> None:
     assert [(la.op, la.quantized) for la in report.layers] == [("MatMul", True)]
 
 
+def test_types_that_numpy_lacks_may_occur_inside() -> None:
+    body = "b = Cast<to=16>(x) r = Reshape(b, s) f = Cast<to=1>(r) y = MatMul(f, w)"
+    text = f"g (float[2,2] x) => (float[1,3] y) <int64[2] s = {{1,4}}> {{ {body} }}"
+    model = model_from_text(text, {"w": np.eye(4, 3, dtype=np.float32)})
+    report = compile_model(model, [{"x": np.full((2, 2), i, np.float32)} for i in range(4)]).report
+    assert [la.op for la in report.layers if la.quantized] == ["MatMul"]
+
+
 def opset(version: int) -> onnx.ModelProto:
     model = net()
     model.opset_import[0].version = version
@@ -213,6 +221,13 @@ def recursive() -> onnx.ModelProto:
     return onnx.parser.parse_model(text)
 
 
+def optional() -> onnx.ModelProto:
+    model = model_from_text("g (float[1] x) => (float[1] y) { o = Optional(x) y = OptionalGetElement(o) }")
+    kind = onnx.helper.make_optional_type_proto(onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [1]))
+    model.graph.value_info.append(onnx.helper.make_value_info("o", kind))
+    return model
+
+
 def newer_ir() -> onnx.ModelProto:
     model = net()
     model.ir_version = 99
@@ -226,6 +241,11 @@ def newer_ir() -> onnx.ModelProto:
         (lambda: opset(6), "opset 6 is too old: export with opset 7 or newer"),
         (lambda: opset(99), "opset 99 is newer than the newest known"),
         (newer_ir, "IR version 99 is newer than the newest known"),
+        (optional, "values of type optional are not supported (o)"),
+        (
+            lambda: model_from_text("g (float[1] x) => (bfloat16[1] y) { y = Cast<to=16>(x) }"),
+            "the output is of type bfloat16, which NumPy lacks (output 'y')",
+        ),
         (too_large, "tensor 'e' would hold 1.0e+10 elements"),
         (recursive, "function 'f' calls itself, or calls nest too deeply"),
         (lambda: model_from_text("g (float[1] x) => (float[1] y) { z = Abs(x) }"), "not a valid model"),

@@ -181,6 +181,12 @@ def test_optional_input_and_scalars() -> None:
     assert ir.scalar(Constant("pair", np.zeros(2, np.float32))) is None
 
 
+def test_type_name() -> None:
+    names = [ir.type_name(Variable("t", t)) for t in (None, np.float32, np.dtype(bool), onnx.TensorProto.BFLOAT16)]
+    assert names == ["?", "float32", "bool", "bfloat16"]
+    assert ir.type_name(Variable("t", onnx.TypeProto(), type="optional_type")) == "?"
+
+
 def test_text() -> None:
     model = model_from_text(
         "g (float[N,4] x) => (float[N,2] y) { t = Clip(x, , high) y = Gemm<alpha = 0.5>(t, w) }",

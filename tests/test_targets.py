@@ -82,6 +82,7 @@ CASES: dict[str, list[str]] = {
     "Reciprocal": ["p = Sigmoid(a) m = Reciprocal(p)"],
     "com.microsoft.QuickGelu": ["m = com.microsoft.QuickGelu<alpha=1.0>(a)", "m = com.microsoft.QuickGelu(a)"],
     "com.microsoft.Gelu": ["m = com.microsoft.Gelu(a)"],
+    "com.microsoft.FastGelu": ["m = com.microsoft.FastGelu(a)"],
 } | {
     op: [f"m = {op}(a)"]
     for op in ("Sigmoid", "HardSwish", "Tanh", "Softplus", "Softsign", "Erf", "Mish", "Abs", "Neg", "Exp", "Sin", "Cos")

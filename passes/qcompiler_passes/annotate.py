@@ -77,8 +77,8 @@ class _Choice:
         tensors = [node.inputs[i] for i in rule.activations(node)]
         weights = [t for i, t in enumerate(node.inputs) if rule.role(i) is Role.WEIGHT]
         for tensor in (*tensors, *weights):
-            if tensor.dtype is not None and np.dtype(tensor.dtype) != np.float32:
-                return f"it computes in {np.dtype(tensor.dtype).name}"
+            if ir.type_name(tensor) not in ("?", "float32"):
+                return f"it computes in {ir.type_name(tensor)}"
             array = ir.value(tensor)
             if array is not None and not np.all(np.isfinite(array)):
                 return f"constant {tensor.name!r} is not finite"

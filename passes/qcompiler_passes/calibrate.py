@@ -23,6 +23,8 @@ from qcompiler.state import CompileState, Phase
 class Calibrate:
     """Measure the range of every tensor with a spec, in one pass over the data; tied tensors are measured together.
 
+    Values beyond the bounds of a block count as the bounds.
+
     `collector`: the name of the way to measure. `samples_per_tensor`: about how many values of a tensor the collector sees of
     each calibration sample, besides the exact bounds.
     """
@@ -67,8 +69,15 @@ class Calibrate:
                 raise UserError("there is no calibration data", self.name)
             make = state.collectors[self.collector]
             model = ir.to_proto(state.graph)
+            limits = {name: (block.low, block.high) for block in state.blocks.values() for name in block.outputs}
             measured |= observe(
-                model, variables, state.calibration, make, state.progress, sample_size=self.samples_per_tensor
+                model,
+                variables,
+                state.calibration,
+                make,
+                state.progress,
+                sample_size=self.samples_per_tensor,
+                limits=limits,
             )
         return measured
 

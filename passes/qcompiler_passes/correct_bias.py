@@ -56,12 +56,15 @@ class CorrectBias:
         quantized = _QuantizedPrefix(_quantized_twin(state), layers, samples)
         rewriter = Rewriter(state)
         for layer, block, means in zip(layers, blocks, wanted, strict=True):
+            if rewriter.exhausted:
+                break
             shift = _shift(means, *quantized.next_layer(block))
             bias = (ir.array(layer.inputs[2]) + shift).astype(np.float32)
             rewriter.set_input(layer, 2, rewriter.constant(f"{layer.name}_corrected_bias", bias))
             quantized.shift_bias(shift)
             state.corrected.add(layer.name)
-        return len(layers)
+            rewriter.count += 1
+        return rewriter.count
 
 
 def _has_bias_input(state: CompileState, node: Node) -> bool:

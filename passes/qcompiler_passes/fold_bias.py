@@ -61,7 +61,7 @@ def _fold_bias(rewriter: Rewriter, node: Node) -> Refusal | None:
 def _sub_as_add(rewriter: Rewriter, node: Node) -> Refusal | None:
     """a - b = a + (-b): of these two, unlike Sub, every form has the same integers."""
     a, b = node.inputs
-    if a.dtype is None or np.dtype(a.dtype) != np.float32:
+    if ir.type_name(a) != "float32":
         return Refusal("it does not subtract float32 tensors", node.name)
     negated = rewriter.variable(f"{node.name}_negated", b.dtype, b.shape)
     rewriter.node("Neg", [b], [negated], origin=node)

@@ -33,6 +33,8 @@ class InsertQdq:
         """Return the number of tensors that were quantized."""
         if state.phase >= Phase.QDQ:
             return 0
+        if state.rewrite_limit is not None:
+            _leave_float(state, state.rewrite_limit)
         inserter = _Inserter(state)
         for node in list(state.graph.nodes):
             block = state.blocks.get(node.name)
@@ -40,6 +42,20 @@ class InsertQdq:
                 inserter.block(node, block)
         inserter.boundaries()
         return inserter.rewriter.finish() or inserter.count
+
+
+def _leave_float(state: CompileState, limit: int) -> None:
+    """Forget the params of all activations but the first `limit`, and the blocks that need one of them."""
+    measured = [t.name for t in ir.tensors(state.graph) if t.name in state.params and not ir.is_constant(t)]
+    for name in measured[limit:]:
+        del state.params[name]
+    nodes = {n.name: n for n in state.graph.nodes}
+    for name, block in list(state.blocks.items()):
+        if block.quantized:
+            root = nodes[block.root]
+            reads = [root.inputs[i].name for i in state.ops[op_key(root.op, root.domain)].activations(root)]
+            if any(read not in state.params for read in reads):
+                state.blocks[name] = replace(block, quantized=False)
 
 
 class _Inserter:
