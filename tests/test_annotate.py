@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -165,3 +166,24 @@ def test_a_target_without_an_add_keeps_it_float() -> None:
 def test_a_second_run_returns_zero() -> None:
     state = annotated("c = Conv(x, w) y = Conv(c, w)")
     assert Annotate().run(state) == 0
+
+
+@pytest.mark.parametrize(
+    ("readers", "bounds"),
+    [
+        ("t = HardSwish(c) y = Conv(t, w)", (-3, math.inf)),
+        ("t = HardSigmoid<alpha=0.25, beta=0.5>(c) y = Conv(t, w)", (-2, 2)),
+        ("t = HardSigmoid<alpha=0.25>(c) u = HardSwish(c) s = Add(t, u) y = Conv(s, w)", (-3, math.inf)),
+        ("t = HardSwish(c) s = Add(c, t) y = Conv(s, w)", (-math.inf, math.inf)),
+        ("t = Abs(c) y = Conv(t, w)", (-math.inf, math.inf)),
+        ("p = Transpose<perm=[0,1,3,2]>(c) t = HardSwish(p) y = Conv(t, w)", (-math.inf, math.inf)),
+    ],
+)
+def test_bounds_are_those_beyond_which_all_readers_saturate(readers: str, bounds: tuple[float, float]) -> None:
+    block = annotated(f"c = Conv(x, w) {readers}").blocks["Conv_c"]
+    assert (block.low, block.high) == bounds
+
+
+def test_a_graph_output_has_no_bounds() -> None:
+    state = annotated("c = Conv(x, w) t = HardSwish(c) y = Conv(t, w)", "float[] y, float[] c")
+    assert (state.blocks["Conv_c"].low, state.blocks["Conv_c"].high) == (-math.inf, math.inf)

@@ -206,3 +206,20 @@ def test_tensors_read_in_a_subgraph_and_its_outputs_can_be_observed():
     got = observe(model, ["a", "y"], data, Recorder, workers=1)
     assert [high for _, high, _ in got["y"].seen] == [3, 4]
     assert (got["a"].low, got["a"].high) == (-4, 3)
+
+
+def test_values_are_clipped_at_the_limits_of_their_tensor():
+    found = observe(chain(), ["c", "r"], samples(5, 6), Recorder, limits={"c": (-0.5, 0.25)})
+    for name, low, high in (("c", -0.5, 0.25), ("r", 0.0, np.inf)):
+        collector = found[name]
+        assert isinstance(collector, Recorder)
+        for seen_low, seen_high, values in collector.seen:
+            assert low <= seen_low <= values.min()
+            assert values.max() <= seen_high <= high
+    assert (found["c"].low, found["c"].high) == (-0.5, 0.25)
+
+
+def test_a_value_that_is_not_finite_is_an_error_beyond_the_limits_too():
+    feeds = [{"x": np.full((1, 3, 2, 2), np.inf, np.float32)}]
+    with pytest.raises(UserError, match="not finite"):
+        observe(chain(), ["x"], feeds, MinMax, limits={"x": (-1.0, 1.0)})

@@ -41,6 +41,9 @@ class Annotate:
         for block in state.blocks.values():
             if block.quantized:
                 _specify(state, choice, block)
+        for block in list(state.blocks.values()):
+            if block.quantized and len(block.nodes) == 1:
+                state.blocks[block.root] = _bounded(state, choice, block)
         return len(state.specs)
 
 
@@ -128,7 +131,7 @@ class _Choice:
 
     def quantized_readers(self, tensor_name: str) -> list[Node]:
         """The quantized block roots that read the tensor as an activation."""
-        tensor = self._tensor(tensor_name)
+        tensor = self.tensor(tensor_name)
         readers = []
         for node in [] if tensor is None else tensor.outputs:
             root = self.block_of.get(node.name)
@@ -138,10 +141,24 @@ class _Choice:
                     readers.append(node)
         return readers
 
-    def _tensor(self, name: str) -> Tensor | None:
+    def tensor(self, name: str) -> Tensor | None:
         if not hasattr(self, "_by_name"):
             self._by_name = {t.name: t for t in ir.tensors(self.state.graph)}
         return self._by_name.get(name)
+
+
+def _bounded(state: CompileState, choice: _Choice, block: Block) -> Block:
+    """The block with the bounds beyond which all that read its output saturate: no steps are spent on values outside."""
+    name = block.outputs[0]
+    alone = name not in state.ties and name not in state.ties.values() and len(block.outputs) == 1
+    tensor = choice.tensor(name)
+    if not alone or tensor is None or ir.is_output(state.graph, tensor):
+        return block
+    readers = choice.quantized_readers(name)
+    if not readers or len(readers) != len({id(n) for n in tensor.outputs}):
+        return block
+    lows, highs = zip(*(choice.rules[n.name].saturates(n) for n in readers), strict=True)
+    return replace(block, low=min(lows), high=max(highs))
 
 
 def _own_constants(state: CompileState) -> None:
