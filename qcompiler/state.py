@@ -38,7 +38,8 @@ class Block:
     """Nodes that become one integer instruction: a root and the activations that it absorbs.
 
     `root`: name of the root node. `nodes`: names of all its nodes, root first. `outputs`: names of the tensors that leave it.
-    `low`, `high`: bounds of the absorbed activation, or those beyond which all readers saturate. `quantized`: whether annotate chose it; `reason`: why not, else "".
+    `low`, `high`: bounds of the absorbed activation, or those beyond which all readers saturate. `quantized`: whether annotate
+    chose it; `reason`: why not, else "".
     """
 
     root: str
