@@ -123,6 +123,56 @@ def test_lists(qcompile: Run) -> None:
     assert "ort-cpu-avx2" in qcompile("targets")[1]
 
 
+def test_one_pass_target_or_table(qcompile: Run) -> None:
+    told = qcompile("passes", "fold-bias")[1]
+    assert told.startswith("fold-bias: Fold Add, Sub, Mul, Div")
+    assert "5 of " in told and ": after fold-pad, before fold-batchnorm" in told
+    facts = json.loads(qcompile("passes", "calibrate", "--json")[1])
+    assert (facts["requires"], facts["establishes"], facts["options"]["collector"]) == (
+        "annotated",
+        "calibrated",
+        "omse",
+    )
+    assert facts["package"] == f"qcompiler {__version__}"
+    assert Path(facts["file"]).name == "calibrate.py"
+    target = json.loads(qcompile("targets", "ort-cpu-avx2", "--json")[1])
+    assert target["weight"] == "int8 -64..63 symmetric per channel"
+    assert target["float"]["LSTM"] == "LSTM has no integer kernel on ort-cpu-avx2"
+    assert re.search(r"Softmax +its uint8 kernel is slower", qcompile("targets", "ort-cpu")[1])
+    table = qcompile("ops", "--target", "integer")[1]
+    assert re.search(
+        r"Conv +activation weight bias +own +multiply-accumulate +qcompiler .* integer, if the node", table
+    )
+    assert re.search(r"Relu .* integer between integer neighbours\n", table)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["passes", "fold-bais"],
+        ["targets", "ort-cpv"],
+        ["ops", "--target", "ort-cpv"],
+        ["net.onnx", "--why", "fold-bais"],
+    ],
+)
+def test_misspelt_names(qcompile: Run, arguments: list[str]) -> None:
+    code, out, err = qcompile(*arguments)
+    assert (code, out) == (2, "")
+    assert "did you mean '" in err
+
+
+def test_why_and_trace(qcompile: Run, folder: Path) -> None:
+    options = ["--until", "annotate", "--why", "annotate", "--keep-float", "/relu", "--trace", "t.json"]
+    code, out, _ = qcompile("net.onnx", "--calib", "calib", *options, "-q")
+    assert code == 0
+    assert out.splitlines()[0].startswith("annotate: left ")
+    assert "  /conv  Conv: kept in float as '/relu' asks" in out.splitlines()
+    [why] = json.loads(qcompile("net.onnx", "--calib", "calib", *options, "--json")[1])["why"]
+    assert {"node", "op", "output", "reason", "culprit"} == set(why["refused"][0])
+    events = json.loads((folder / "t.json").read_text())["traceEvents"]
+    assert [events[0]["name"], events[-1]["name"]] == ["normalize", "annotate"]
+
+
 def test_help_and_version(qcompile: Run) -> None:
     for arguments in (["--help"], ["compile", "--help"]):
         code, out, _ = qcompile(*arguments)

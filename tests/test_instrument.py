@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,10 +14,10 @@ from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.form_blocks import FormBlocks
 
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Operators, Timing, Verify
+from qcompiler.instrument import Dump, Operators, Refusals, Timing, Trace, Verify
 from qcompiler.pipeline import PassError, Pipeline
-from qcompiler.rewrite import Rewriter
-from qcompiler.state import CompileState, Phase
+from qcompiler.rewrite import Refusal, Rewriter, apply_rules
+from qcompiler.state import Block, CompileState, Phase
 from tests.support import model_from_text, run, state_of
 
 
@@ -85,6 +86,90 @@ def test_a_dump_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> Non
 
 
 def test_operators_are_those_of_the_float_model() -> None:
-    operators = Operators()
-    Pipeline((FormBlocks(), ReluToAbs())).run(state(), [operators])
-    assert operators.of == {"n0": "Neg", "n1": "Relu"}
+    operators, start = Operators(), state()
+    start.graph.nodes[0].op = "Softmax"
+    Pipeline((FormBlocks(), ReluToAbs())).run(start, [operators])
+    assert operators.of == {"n0": "Softmax", "n1": "Relu"}
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Refuses every node: a Relu with a culprit, the others without."""
+
+    level: int = 3
+
+    name: ClassVar[str] = "decline"
+    requires: ClassVar[Phase] = Phase.FLOAT
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state: CompileState) -> int:
+        rules = {"Relu": lambda _, node: Refusal("it clips", "t"), "Neg": lambda _, node: Refusal("no pattern")}
+        return apply_rules(Rewriter(state), rules)
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Chooses one of two blocks."""
+
+    name: ClassVar[str] = "choose"
+    requires: ClassVar[Phase] = Phase.FLOAT
+    establishes: ClassVar[Phase | None] = Phase.ANNOTATED
+
+    def run(self, state: CompileState) -> int:
+        state.blocks["n0"] = Block("n0", ("n0",), ("t",), reason="its input 'x' is a float tensor")
+        state.blocks["n1"] = Block("n1", ("n1",), ("y",), quantized=True)
+        return 0
+
+
+def test_refusals_of_the_passes_asked_for() -> None:
+    refusals = Refusals(("decline", "relu-to-abs", "choose", "never"))
+    Pipeline((Decline(), Cleanup(), Decline(), ReluToAbs(), Choose())).run(state(), [refusals])
+    assert [
+        (name, [(r.node, r.op, r.output, r.reason, r.culprit) for r in found]) for name, found in refusals.found
+    ] == [
+        ("decline", [("n0", "Neg", "t", "no pattern", ""), ("n1", "Relu", "y", "it clips", "t")]),
+        ("decline", [("n0", "Neg", "t", "no pattern", ""), ("n1", "Relu", "y", "it clips", "t")]),
+        ("relu-to-abs", []),
+        ("choose", [("n0", "Neg", "t", "its input 'x' is a float tensor", "n0")]),
+    ]
+    assert list(refusals.lines()) == [
+        "never: did not run",
+        "decline: left 2 nodes as they were",
+        "  n1  Relu: it clips (t)",
+        "  1 x Neg: no pattern",
+        "decline: left the same 2 nodes again",
+        "relu-to-abs: left 0 nodes as they were",
+        "choose: left 1 nodes as they were",
+        "  n0  Neg: its input 'x' is a float tensor",
+    ]
+    assert "  n0  Neg: no pattern" in refusals.lines(verbose=True)
+
+
+def test_refusals_do_not_outlive_the_node_or_the_pass() -> None:
+    kept = state()
+    Pipeline((Decline(),)).run(kept)
+    assert set(kept.refusals) == {"n0", "n1"}
+    Rewriter(kept).remove(kept.graph.nodes[1])
+    assert set(kept.refusals) == {"n0"}
+    Pipeline((Cleanup(),)).run(kept)
+    assert kept.refusals == {}
+
+
+def test_a_trace_is_a_timeline_even_of_a_run_that_fails(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with pytest.raises(PassError):
+        Pipeline((Decline(level=7), Break(), Cleanup())).run(state(), [Trace(path), Verify()])
+    events = json.loads(path.read_text())["traceEvents"]
+    assert [(e["name"], e["ph"], e["cat"]) for e in events] == [
+        ("decline", "X", "pass"),
+        ("break", "X", "pass"),
+        ("break", "X", "pass"),
+    ]
+    assert events[0]["args"] == {"level": 7, "rewrites": 0, "nodes": 2, "phase": "float"}
+    assert events[2]["args"]["error"].startswith("VerifyError: ")
+    assert events[0]["ts"] + events[0]["dur"] <= events[1]["ts"]
+
+
+def test_a_trace_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write the trace"):
+        Pipeline((Cleanup(),)).run(state(), [Trace(tmp_path / "no" / "trace.json")])
