@@ -116,7 +116,11 @@ class Refused:
     @property
     def blame(self) -> str:
         """The culprit in brackets, unless that is the node itself, or the reason names it."""
-        return f" ({self.culprit})" if self.culprit not in ("", self.node) and self.culprit not in self.reason else ""
+        return (
+            f" ({self.culprit})"
+            if self.culprit not in ("", self.node) and repr(self.culprit) not in self.reason
+            else ""
+        )
 
 
 @dataclass
