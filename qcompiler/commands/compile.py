@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ Examples:
 @click.option("--time", "show_time", is_flag=True, help="Show what each pass took.")
 @click.option("--trace", type=PATH, metavar="FILE.json", help="Write a timeline of the passes for Chrome or Perfetto.")
 @click.option("--why", multiple=True, metavar="PASS", help="Show what this pass left as it was, and why; repeatable.")
+@click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with all there is to know of the result.")
 @click.option("--no-verify", is_flag=True, help="Do not check the invariants after every pass.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -55,6 +57,7 @@ def command(
     show_time: bool,
     trace: Path | None,
     why: tuple[str, ...],
+    report: Path | None,
     no_verify: bool,
     as_json: bool,
     quiet: bool,
@@ -70,19 +73,26 @@ def command(
     calib, images = options.pop("calib"), preprocess(options)
     refusals = Refusals(_known_passes(why, options["load"])) if why else None
     output = model.with_name(f"{model.stem}.int8.onnx") if output is None else output
+    recorder = None
+    if report is not None:
+        from qcompiler.html_report import recorder_for, write_report  # noqa: PLC0415
+
+        recorder = recorder_for(report, model)
     with progress_bar(not quiet) as progress:
         result = compile_model(
             model,
             calib,
             output=output,
             verify=not no_verify,
-            compare=as_json or not quiet,
+            compare=as_json or not quiet or report is not None,
             dump=dump,
-            instruments=[*([Trace(trace)] if trace else []), *([refusals] if refusals else [])],
+            instruments=[i for i in (Trace(trace) if trace else None, refusals, recorder) if i is not None],
             preprocess=images,
             progress=progress,
             **{key: value for key, value in options.items() if key not in IMAGES},
         )
+    if report is not None and recorder is not None:
+        write_report(report, result, recorder, shlex.join(["qcompile", *sys.argv[1:]]))
     try:
         if as_json:
             why_not = {"why": refusals.to_dict()} if refusals else {}
