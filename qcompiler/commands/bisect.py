@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def command(
 
     calib = options.pop("calib")
     job = prepare(model, calib, compile_options(options))
-    culprit = bisect(job, _predicate(job, fails, fails_cmd), _show_progress())
+    show = _show_progress()
+    culprit = bisect(job, _predicate(job, fails, fails_cmd), show)
+    show("")
     if output is not None and culprit is not None:
         _save(output, culprit.pipeline)
     if as_json:
@@ -79,7 +82,7 @@ def _predicate(job: Job, fails: str | None, fails_cmd: str | None) -> Fails:
     return Inaccurate(expression, job.float_model, job.split.held_back)
 
 
-def _show_progress() -> Any:
+def _show_progress() -> Callable[[str], None]:
     """A line on stderr that says what is tried, if that is a terminal."""
     if not sys.stderr.isatty():
         return lambda text: None
