@@ -1,0 +1,368 @@
+"""What each pass makes of one small graph, as text: the place to see at a glance what a pass does, and that it changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from textwrap import dedent
+
+import numpy as np
+import pytest
+from qcompiler_passes import DEFAULT_PIPELINE
+
+from qcompiler import ir
+from qcompiler.pipeline import Pass, Pipeline, parse_pipeline
+from qcompiler.plugin import load_registry
+from qcompiler.state import CompileState
+from qcompiler.verify import verify
+from tests.support import model_from_text
+
+REGISTRY = load_registry()
+SAMPLES = [{"x": np.full((1, 1, 2, 2), value, np.float32)} for value in (-1, 0, 1, 3)]
+
+
+def f(*values: float, shape: tuple[int, ...] = (1, 1, 1, 1)) -> np.ndarray:
+    return np.array(values, np.float32).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A graph from x to y, and the text after the pass. `before`: passes that run first; all of the pipeline's by default."""
+
+    body: str
+    constants: Mapping[str, np.ndarray]
+    expected: str
+    before: str | None = ""
+    signature: str = "float[1,1,2,2] x) => (float[1,1,2,2] y"
+    show: Callable[[CompileState], list[str]] = field(default=lambda state: [])
+
+
+def blocks(state: CompileState) -> list[str]:
+    """A line per block."""
+    return [
+        f"block {' + '.join(b.nodes)} {b.low:g}..{b.high:g}{' integer' if b.quantized else ''}{b.reason and ' ' + b.reason}"
+        for b in state.blocks.values()
+    ]
+
+
+def specs(state: CompileState) -> list[str]:
+    """A line per block, and one per tensor to quantize."""
+    return blocks(state) + [f"spec {name} {s.dtype} like {state.leader(name)}" for name, s in state.specs.items()]
+
+
+def params(state: CompileState) -> list[str]:
+    """A line per tensor that has params."""
+    return [f"params {n} {p.spec.dtype} {float(p.scale.max()):.4g} {p.zero_point}" for n, p in state.params.items()]
+
+
+QUANTIZED = "c = Conv(x, w, b) r = Relu(c) s = Sigmoid(r) y = Conv(s, v)"
+WEIGHTS = {"w": f(0.5), "b": f(0.25, shape=(1,)), "v": f(-1)}
+
+GOLDEN: dict[str, Golden] = {
+    "align-scales": Golden(
+        "c = Conv(x, w, b) d = Conv(x, v) a = Add(c, d) y = Conv(a, w)",
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.5, 0.25)
+        d = Conv(x, -1)
+        a = Add(c, d)
+        y = Conv(a, 0.5)
+        outputs: y:float32[1,1,2,2]
+        params x uint8 0.01571 64
+        params c uint8 0.00785 32
+        params d uint8 0.01579 190
+        params a uint8 0.007895 160
+        params y uint8 0.003947 160
+        """,
+        before=None,
+        show=params,
+    ),
+    "annotate": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.5, 0.25)
+        r = Relu(c)
+        s = Sigmoid(r)
+        y = Conv(s, -1)
+        outputs: y:float32[1,1,2,2]
+        block Conv_c + Relu_r 0..inf integer
+        block Sigmoid_s -inf..inf integer
+        block Conv_y -inf..inf integer
+        spec x uint8 like x
+        spec r uint8 like r
+        spec s uint8 like s
+        spec y uint8 like y
+        """,
+        before=None,
+        show=specs,
+    ),
+    "calibrate": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.5, 0.25)
+        r = Relu(c)
+        s = Sigmoid(r)
+        y = Conv(s, -1)
+        outputs: y:float32[1,1,2,2]
+        params x uint8 0.01571 64
+        params r uint8 0.006863 0
+        params s uint8 0.003341 0
+        params y uint8 0.003354 254
+        """,
+        before=None,
+        show=params,
+    ),
+    "cleanup": Golden(
+        "y = Relu(x) d = Neg(x) e = Abs(d)",
+        {},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Relu(x)
+        outputs: y:float32[1,1,2,2]
+        """,
+    ),
+    "correct-bias": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.5, 0.249362)
+        r = Relu(c)
+        s = Sigmoid(r)
+        y = Conv(s, -1, 0.000633474)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before=None,
+    ),
+    "fold-batchnorm": Golden(
+        "c = Conv(x, w) y = BatchNormalization<epsilon = 0.0>(c, s, t, m, q)",
+        {"w": f(0.5), **{k: f(v, shape=(1,)) for k, v in {"s": 6, "t": 1, "m": 2, "q": 4}.items()}},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Conv(x, 1.5, -5)
+        outputs: y:float32[1,1,2,2]
+        """,
+    ),
+    "fold-bias": Golden(
+        "c = Conv(x, w) a = Add(c, k) y = Mul(a, k)",
+        {"w": f(0.5), "k": f(3)},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Conv(x, 1.5, 9)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before="normalize",
+    ),
+    "fold-constants": Golden(
+        "s = Shape(x) r = Reshape(x, s) k = Neg(w) y = Mul(r, k)",
+        {"w": f(0.5)},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Mul(x, -0.5)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before="normalize",
+    ),
+    "fold-pad": Golden(
+        "p = Pad(x, n) y = Conv(p, w)",
+        {"n": np.array([0, 0, 0, 1, 0, 0, 0, 0]), "w": np.ones((1, 1, 1, 2), np.float32)},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Conv{pads=[0,1,0,0]}(x, float32[1,1,1,2])
+        outputs: y:float32[1,1,2,2]
+        """,
+        before="normalize",
+    ),
+    "fold-scales": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        x_q = QuantizeLinear(x, 0.0157068, 64)
+        Conv_c_acc = ConvInteger(x_q, 113, 64, 0)
+        Conv_c_biased = Add(Conv_c_acc, 3595)
+        r_raw_q = qcompiler.Requantize(Conv_c_biased, 664, 16, 0, 0, 255)
+        s_raw_q = qcompiler.Table(r_raw_q, uint8[256])
+        Conv_y_acc = ConvInteger(s_raw_q, -113, 0, 0)
+        y_raw_q = qcompiler.Requantize(Conv_y_acc, 578, 16, 254, 0, 255)
+        y = DequantizeLinear(y_raw_q, 0.00335414, 254)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before=None,
+    ),
+    "form-blocks": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.5, 0.25)
+        r = Relu(c)
+        s = Sigmoid(r)
+        y = Conv(s, -1)
+        outputs: y:float32[1,1,2,2]
+        block Conv_c + Relu_r 0..inf
+        block Sigmoid_s -inf..inf
+        block Conv_y -inf..inf
+        """,
+        before=None,
+        show=blocks,
+    ),
+    "insert-qdq": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        w_q_dq = DequantizeLinear{axis=0}(113, 0.00442688, 0)
+        b_q_dq = DequantizeLinear{axis=0}(3595, 6.95322e-05, 0)
+        v_q_dq = DequantizeLinear{axis=0}(-113, 0.0088543, 0)
+        x_q = QuantizeLinear(x, 0.0157068, 64)
+        x_q_dq = DequantizeLinear(x_q, 0.0157068, 64)
+        r_raw = Conv(x_q_dq, w_q_dq, b_q_dq)
+        r_raw_q = QuantizeLinear(r_raw, 0.00686275, 0)
+        r = DequantizeLinear(r_raw_q, 0.00686275, 0)
+        s_raw = Sigmoid(r)
+        s_raw_q = QuantizeLinear(s_raw, 0.00334099, 0)
+        s = DequantizeLinear(s_raw_q, 0.00334099, 0)
+        y_raw = Conv(s, v_q_dq)
+        y_raw_q = QuantizeLinear(y_raw, 0.00335414, 254)
+        y = DequantizeLinear(y_raw_q, 0.00335414, 254)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before=None,
+    ),
+    "lower-integer": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        x_q = QuantizeLinear(x, 0.0157068, 64)
+        Conv_c_acc = ConvInteger(x_q, 113, 64, 0)
+        Conv_c_biased = Add(Conv_c_acc, 3595)
+        r_raw = DequantizeLinear{axis=-3}(Conv_c_biased, 6.95322e-05)
+        r_raw_q = QuantizeLinear(r_raw, 0.00686275, 0)
+        r = DequantizeLinear(r_raw_q, 0.00686275, 0)
+        s_raw = Sigmoid(r)
+        s_raw_q = QuantizeLinear(s_raw, 0.00334099, 0)
+        Conv_y_acc = ConvInteger(s_raw_q, -113, 0, 0)
+        y_raw = DequantizeLinear{axis=-3}(Conv_y_acc, 2.95821e-05)
+        y_raw_q = QuantizeLinear(y_raw, 0.00335414, 254)
+        y = DequantizeLinear(y_raw_q, 0.00335414, 254)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before=None,
+    ),
+    "normalize": Golden(
+        "k = Constant<value = float {2.0}>() i = Identity(x) m = Mul(i, k) y = Dropout(m)",
+        {},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Mul(x, 2)
+        outputs: y:float32[1,1,2,2]
+        """,
+    ),
+    "normalize-gemm": Golden(
+        "m = MatMul(x, w) y = Add(m, b)",
+        {"w": f(1, 2, 3, 4, shape=(2, 2)), "b": f(5, 6, shape=(2,))},
+        """
+        inputs: x:float32[3,2]
+        y = Gemm(x, float32[2,2], float32[2])
+        outputs: y:float32[3,2]
+        """,
+        before="normalize",
+        signature="float[3,2] x) => (float[3,2] y",
+    ),
+    "normalize-pooling": Golden(
+        "y = ReduceMean<axes = [2, 3]>(x)",
+        {},
+        """
+        inputs: x:float32[1,3,4,4]
+        y = GlobalAveragePool(x)
+        outputs: y:float32[1,3,1,1]
+        """,
+        before="normalize",
+        signature="float[1,3,4,4] x) => (float[1,3,1,1] y",
+    ),
+    "recompose": Golden(
+        "a = Add(x, three) c = Clip(a, zero, six) m = Mul(x, c) y = Div(m, six)",
+        {"three": f(3, shape=()), "zero": f(0, shape=()), "six": f(6, shape=())},
+        """
+        inputs: x:float32[1,1,2,2]
+        y = HardSwish(x)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before="normalize",
+    ),
+    "scale-weights": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.5, 0.25)
+        r = Relu(c)
+        s = Sigmoid(r)
+        y = Conv(s, -1)
+        outputs: y:float32[1,1,2,2]
+        params x uint8 0.01571 64
+        params r uint8 0.006863 0
+        params s uint8 0.003341 0
+        params y uint8 0.003354 254
+        params w int8 0.004427 0
+        params v int8 0.008854 0
+        """,
+        before=None,
+        show=params,
+    ),
+    "select-kernels": Golden(
+        QUANTIZED,
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        x_q = QuantizeLinear(x, 0.0157068, 64)
+        r_raw_q = QLinearConv(x_q, 0.0157068, 64, 113, 0.00442688, 0, 0.00686275, 0, 3595)
+        s_raw_q = com.microsoft.QLinearSigmoid(r_raw_q, 0.00686275, 0, 0.00334099, 0)
+        y_raw_q = QLinearConv(s_raw_q, 0.00334099, 0, -113, 0.0088543, 0, 0.00335414, 254)
+        y = DequantizeLinear(y_raw_q, 0.00335414, 254)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before=None,
+    ),
+}
+
+
+def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
+    """The passes that run before, and the pass itself; with plain ranges and biases, so that numbers stay readable."""
+    default = parse_pipeline(
+        DEFAULT_PIPELINE.replace("calibrate", "calibrate{collector=minmax}"), REGISTRY.passes
+    ).passes
+    at = next(i for i, stage in enumerate(default) if stage.name == name)
+    first = tuple(stage for stage in default[:at] if stage.name != "correct-bias")
+    return parse_pipeline(golden.before, REGISTRY.passes) if golden.before is not None else Pipeline(first), default[at]
+
+
+def start(golden: Golden) -> CompileState:
+    model = model_from_text(f"g ({golden.signature}) {{ {golden.body} }}", golden.constants)
+    target, collectors = REGISTRY.targets["ort-cpu"], REGISTRY.collectors
+    return CompileState(ir.from_proto(model), target, REGISTRY.ops, calibration=SAMPLES, collectors=collectors)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str) -> None:
+    golden = GOLDEN[name]
+    before, stage = stages(name, golden)
+    state = start(golden)
+    before.run(state)
+    Pipeline((stage,)).run(state)
+    verify(state)
+    text = re.sub(r"#[0-9a-f]{6}", "", ir.text(state.graph)) + "".join(f"{line}\n" for line in golden.show(state))
+    assert text == dedent(golden.expected).lstrip("\n")
+    assert stage.run(state) == 0
+
+
+def test_every_pass_has_a_golden_text() -> None:
+    assert list(GOLDEN) == sorted(REGISTRY.passes)
