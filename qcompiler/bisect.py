@@ -62,41 +62,54 @@ def bisect(job: Job, fails: Fails, progress: Callable[[str], None] = lambda _: N
     failure = trial.test(job.state.graph)
     if failure is not None:
         raise UserError(f"the model fails before any pass: {failure}", "--fails")
+    found = _first_failure(job, trial, progress)
+    if found is None:
+        return None
+    stage = job.pipeline.passes[found.index]
+    progress(f"rewrites of {stage.name}")
+    rewrite = trial.first_rewrite(stage, found.before, found.outcome)
+    changes, layers = _effect(stage, found.before, rewrite)
+    progress("shorter pipelines")
+    prefix = job.pipeline.passes[: found.index + 1]
+    shortest = trial.shortest(prefix, found.idle, job.state, found.outcome.crashed)
+    return Culprit(
+        stage=str(Pipeline((stage,))),
+        position=found.index + 1,
+        rewrite=rewrite,
+        rewrites=found.outcome.rewrites,
+        changes=tuple(changes),
+        layers=tuple(layers),
+        failure=found.outcome.failure or "",
+        pipeline=str(Pipeline(tuple(shortest))),
+    )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """The first pass that breaks the model: its index, the state before it, and which passes before it did nothing."""
+
+    index: int
+    before: CompileState
+    outcome: _Outcome
+    idle: list[Pass]
+
+
+def _first_failure(job: Job, trial: _Trial, progress: Callable[[str], None]) -> _Failure | None:
+    """Run all passes and test after each; None if the last model does not fail."""
     state, stages = job.state.clone(), job.pipeline.passes
-    found: tuple[int, CompileState, _Outcome] | None = None
-    last = _Outcome(None)
+    found: _Failure | None = None
+    last, idle = _Outcome(None), []
     for i, stage in enumerate(stages):
         progress(f"pass {i + 1} of {len(stages)}: {stage.name}")
         before = state.clone() if found is None else None
         last = trial.run(stage, state)
         if last.failure is not None and before is not None:
-            found = i, before, last
+            found = _Failure(i, before, last, list(idle))
+        elif not last.rewrites and stage.establishes is None:
+            idle.append(stage)
         if last.crashed:
             break
-    if found is None or last.failure is None:
-        return None
-    return _culprit(job, trial, progress, *found)
-
-
-def _culprit(
-    job: Job, trial: _Trial, progress: Callable[[str], None], index: int, before: CompileState, outcome: _Outcome
-) -> Culprit:
-    stage, prefix = job.pipeline.passes[index], job.pipeline.passes[: index + 1]
-    progress(f"rewrites of {stage.name}")
-    rewrite = trial.first_rewrite(stage, before, outcome)
-    changes, layers = _effect(stage, before, rewrite)
-    progress("shorter pipelines")
-    shortest = trial.shortest(prefix, job.state, outcome.crashed)
-    return Culprit(
-        stage=str(Pipeline((stage,))),
-        position=index + 1,
-        rewrite=rewrite,
-        rewrites=outcome.rewrites,
-        changes=tuple(changes),
-        layers=tuple(layers),
-        failure=outcome.failure or "",
-        pipeline=str(Pipeline(tuple(shortest))),
-    )
+    return None if last.failure is None else found
 
 
 class _Trial:
@@ -145,10 +158,11 @@ class _Trial:
             good, bad = (good, middle) if self.limited(stage, before, middle) else (middle, bad)
         return bad or None
 
-    def shortest(self, stages: Sequence[Pass], start: CompileState, crashed: bool) -> list[Pass]:
-        """The passes without those whose absence leaves the last one the culprit; tried from the back, each once."""
-        kept = list(stages)
-        for stage in reversed(stages[:-1]):
+    def shortest(self, stages: Sequence[Pass], idle: Sequence[Pass], start: CompileState, crashed: bool) -> list[Pass]:
+        """The passes without those whose absence leaves the last one the culprit: all idle ones, then one by one."""
+        busy = [s for s in stages if not any(s is i for i in idle)]
+        kept = busy if self._last_breaks(busy, start.clone(), crashed) else list(stages)
+        for stage in kept[-2::-1]:
             fewer = [s for s in kept if s is not stage]
             if self._last_breaks(fewer, start.clone(), crashed):
                 kept = fewer
