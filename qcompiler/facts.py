@@ -168,8 +168,9 @@ def gather(result: CompileResult, recorder: Recorder) -> Facts:
     if state is None or before is None:
         raise UserError("the pipeline has no passes, so there is nothing to tell", "report")
     samples = state.calibration.held_back if isinstance(state.calibration, Split) else []
-    quantized = state.phase >= Phase.QDQ and bool(samples)
-    comparison = compare(before, result.model, samples, PROFILE_SECONDS) if quantized else None
+    comparison = None
+    if samples and state.phase >= Phase.QDQ and any(layer.quantized for layer in report.layers):
+        comparison = compare(before, result.model, samples, PROFILE_SECONDS)
     return Facts(
         comparison,
         _layer_rows(report, recorder, state, comparison, _histograms(recorder, state, samples)),
