@@ -162,7 +162,7 @@ class History(Watcher):
         """Look at the nodes, refusals and tables. Raises UserError after the first pass, which names nodes, if none matches."""
         views = _views(state)
         if not self.layers:
-            own = {v.name: v for v in (*self._views[0], *views) if v.layers == (v.name,) and v.name}
+            own = {v.name: v for v in (*views, *self._views[0]) if v.layers == (v.name,) and v.name}
             self.layers = {name: own[name] for name in match(self.pattern, own)}
         self._stages.append(stage.name)
         self._views.append([v for v in views if not self.layers.keys().isdisjoint(v.layers)])
