@@ -16,7 +16,7 @@ from qcompiler.instrument import Watcher
 from qcompiler.ir import Graph, Node
 from qcompiler.pipeline import Pass, PassError, Pipeline
 from qcompiler.predicate import Fails
-from qcompiler.state import CompileState
+from qcompiler.state import CompileState, Phase
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def bisect(job: Job, fails: Fails, progress: Callable[[str], None] = lambda _: N
         return None
     stage = job.pipeline.passes[found.index]
     progress(f"rewrites of {stage.name}")
-    rewrite = trial.first_rewrite(stage, found.before, found.outcome)
+    rewrite = trial.first_rewrite(stage, found)
     changes, layers = _effect(stage, found.before, rewrite)
     progress("shorter pipelines")
-    prefix = job.pipeline.passes[: found.index + 1]
-    shortest = trial.shortest(prefix, found.idle, job.state, found.outcome.crashed)
+    passes = (*job.pipeline.passes[: found.index + 1], *found.tail)
+    shortest = trial.shortest(passes, stage, found, job.state)
     return Culprit(
         stage=str(Pipeline((stage,))),
         position=found.index + 1,
@@ -86,30 +86,48 @@ def bisect(job: Job, fails: Fails, progress: Callable[[str], None] = lambda _: N
 
 @dataclass(frozen=True)
 class _Failure:
-    """The first pass that breaks the model: its index, the state before it, and which passes before it did nothing."""
+    """The pass that breaks the model: its index, the state before it, what came of it, and which passes before it did nothing.
+
+    `tail`: the passes to run after it before the model can be tested.
+    """
 
     index: int
     before: CompileState
     outcome: _Outcome
     idle: list[Pass]
+    tail: tuple[Pass, ...] = ()
 
 
 def _first_failure(job: Job, trial: _Trial, progress: Callable[[str], None]) -> _Failure | None:
-    """Run all passes and test after each; None if the last model does not fail."""
+    """Run all passes and test after each; None if the last model does not fail.
+
+    Passes between calibration and quantization prepare a float model for an error that is still to come. So they are not tested,
+    but when the quantized model fails, each is left out in turn.
+    """
     state, stages = job.state.clone(), job.pipeline.passes
     found: _Failure | None = None
-    last, idle = _Outcome(None), []
+    last, idle = _Outcome(None), list[Pass]()
+    untested: list[tuple[int, CompileState]] = []
     for i, stage in enumerate(stages):
         progress(f"pass {i + 1} of {len(stages)}: {stage.name}")
         before = state.clone() if found is None else None
-        last = trial.run(stage, state)
+        prepares = _prepares(state, stage, stages[i + 1 :])
+        last = trial.run(stage, state, test=not prepares)
         if last.failure is not None and before is not None:
-            found = _Failure(i, before, last, list(idle))
+            found = trial.preparation(stages, i, untested, idle) or _Failure(i, before, last, list(idle))
         elif not last.rewrites and stage.establishes is None:
             idle.append(stage)
+        if prepares and before is not None:
+            untested.append((i, before))
         if last.crashed:
             break
     return None if last.failure is None else found
+
+
+def _prepares(state: CompileState, stage: Pass, later: Sequence[Pass]) -> bool:
+    """Whether the state is calibrated, but not quantized before a later pass."""
+    is_late = state.phase >= Phase.CALIBRATED and stage.establishes is None
+    return is_late and state.phase < Phase.QDQ and any((s.establishes or 0) >= Phase.QDQ for s in later)
 
 
 class _Trial:
@@ -127,56 +145,86 @@ class _Trial:
             self._verdicts[key] = self._fails(model)
         return self._verdicts[key]
 
-    def run(self, stage: Pass, state: CompileState) -> _Outcome:
+    def run(self, stage: Pass, state: CompileState, *, test: bool = True) -> _Outcome:
         """Run one pass on the state, and test the model. Raises UserError if the pass cannot run there."""
         counter = _Counter()
         try:
             Pipeline((stage,)).run(state, [counter])
         except PassError as error:
             return _Outcome(str(error), crashed=True)
-        return _Outcome(self.test(state.graph), rewrites=counter.count)
+        return _Outcome(self.test(state.graph) if test else None, rewrites=counter.count)
 
-    def limited(self, stage: Pass, before: CompileState, limit: int) -> bool:
+    def preparation(
+        self, stages: Sequence[Pass], last: int, untested: Sequence[tuple[int, CompileState]], idle: Sequence[Pass]
+    ) -> _Failure | None:
+        """The first untested pass without which the model does not fail after the pass number `last`, if any."""
+        for i, before in untested:
+            tail = tuple(stages[i + 1 : last + 1])
+            without, state = before.clone(), before.clone()
+            try:
+                Pipeline(tail).run(without)
+            except (PassError, UserError):
+                continue
+            if self.test(without.graph) is None:
+                rewrites = self.run(stages[i], state, test=False).rewrites
+                Pipeline(tail).run(state)
+                return _Failure(i, before, _Outcome(self.test(state.graph), rewrites=rewrites), list(idle), tail)
+        return None
+
+    def limited(self, stage: Pass, found: _Failure, limit: int) -> bool:
         """Whether the first `limit` rewrites of a pass break the model."""
-        state = before.clone()
+        state = found.before.clone()
         state.rewrite_limit = limit
-        return self.run(stage, state).failure is not None
+        if not found.tail:
+            return self.run(stage, state).failure is not None
+        Pipeline((stage,)).run(state)
+        state.rewrite_limit = None
+        Pipeline(found.tail).run(state)
+        return self.test(state.graph) is not None
 
-    def first_rewrite(self, stage: Pass, before: CompileState, outcome: _Outcome) -> int | None:
+    def first_rewrite(self, stage: Pass, found: _Failure) -> int | None:
         """The number of the rewrite that breaks the model, from 1; None if the pass does not work by single rewrites."""
-        if self.limited(stage, before, 0):
+        if self.limited(stage, found, 0):
             return None
-        good, bad = 0, outcome.rewrites
-        if outcome.crashed:  # so it is not known how many rewrites there are
+        good, bad = 0, found.outcome.rewrites
+        if found.outcome.crashed:  # so it is not known how many rewrites there are
             bad = 1
-            while not self.limited(stage, before, bad):
+            while not self.limited(stage, found, bad):
                 if bad > MAX_REWRITES:
                     return None
                 good, bad = bad, 2 * bad
         while bad - good > 1:
             middle = (good + bad) // 2
-            good, bad = (good, middle) if self.limited(stage, before, middle) else (middle, bad)
+            good, bad = (good, middle) if self.limited(stage, found, middle) else (middle, bad)
         return bad or None
 
-    def shortest(self, stages: Sequence[Pass], idle: Sequence[Pass], start: CompileState, crashed: bool) -> list[Pass]:
-        """The passes without those whose absence leaves the last one the culprit: all idle ones, then one by one."""
-        busy = [s for s in stages if not any(s is i for i in idle)]
-        kept = busy if self._last_breaks(busy, start.clone(), crashed) else list(stages)
-        for stage in kept[-2::-1]:
+    def shortest(self, stages: Sequence[Pass], culprit: Pass, found: _Failure, start: CompileState) -> list[Pass]:
+        """The passes without those that the failure does not need: all idle ones, then one by one from the back."""
+        busy = [s for s in stages if not any(s is i for i in found.idle)]
+        kept = busy if self._is_culprit(culprit, busy, start, found) else list(stages)
+        for stage in reversed(kept):
             fewer = [s for s in kept if s is not stage]
-            if self._last_breaks(fewer, start.clone(), crashed):
+            if stage is not culprit and self._is_culprit(culprit, fewer, start, found):
                 kept = fewer
         return kept
 
-    def _last_breaks(self, stages: Sequence[Pass], state: CompileState, crashed: bool) -> bool:
+    def _is_culprit(self, culprit: Pass, stages: Sequence[Pass], start: CompileState, found: _Failure) -> bool:
+        """Whether these passes break the model, but not without the culprit."""
+        at = next(i for i, s in enumerate(stages) if s is culprit)
+        state = start.clone()
         try:
-            Pipeline(tuple(stages[:-1])).run(state)
-            if self.test(state.graph) is not None:
+            Pipeline(tuple(stages[:at])).run(state)
+            without = state.clone()
+            Pipeline(tuple(stages[at + 1 :])).run(without)
+            if self.test(without.graph) is not None:
                 return False
-            outcome = self.run(stages[-1], state)
+            outcome = self.run(culprit, state, test=not found.tail)
+            if outcome.crashed or not found.tail:
+                return outcome.failure is not None and outcome.crashed == found.outcome.crashed
+            Pipeline(tuple(stages[at + 1 :])).run(state)
         except (PassError, UserError):
             return False
-        return outcome.failure is not None and outcome.crashed == crashed
+        return self.test(state.graph) is not None
 
 
 MAX_REWRITES = 1 << 20

@@ -123,6 +123,22 @@ def test_quantization_is_bisected_by_tensor(tmp_path: Path) -> None:
     assert culprit.pipeline.endswith("scale-weights,insert-qdq")
 
 
+QUANTIZE = "form-blocks,annotate,calibrate,align-scales,scale-weights,{}insert-qdq"
+
+
+def test_a_wrong_pass_before_quantization_is_found_by_leaving_it_out(tmp_path: Path) -> None:
+    culprit = find(job(tmp_path, f"normalize,{QUANTIZE.format('flip-bias,')},lower-integer,cleanup"))
+    assert culprit is not None
+    assert (culprit.stage, culprit.rewrite, culprit.rewrites, culprit.layers) == ("flip-bias", 4, LAYERS, ("Conv_t4",))
+    assert culprit.pipeline == "flip-bias"
+
+
+def test_a_pass_that_prepares_for_quantization_is_not_blamed_for_it(tmp_path: Path) -> None:
+    culprit = find(job(tmp_path, f"normalize,{QUANTIZE.format('correct-bias,')},cleanup"), "max_error > 0")
+    assert culprit is not None
+    assert culprit.stage == "insert-qdq"
+
+
 def test_a_failing_float_model_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fails before any pass"):
         find(job(tmp_path), "sqnr > 0")
