@@ -117,7 +117,9 @@ def _first_failure(job: Job, trial: _Trial, progress: Callable[[str], None]) -> 
             found = trial.preparation(stages, i, untested, idle) or _Failure(i, before, last, list(idle))
         elif not last.rewrites and stage.establishes is None:
             idle.append(stage)
-        if prepares and before is not None:
+        if not prepares:
+            untested = []
+        elif before is not None:
             untested.append((i, before))
         if last.crashed:
             break
