@@ -23,9 +23,9 @@ from qcompiler_passes.select_kernels import SelectKernels
 from qcompiler_passes.targets import TARGETS
 
 DEFAULT_PIPELINE = (
-    "normalize,fold-constants,recompose,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-pooling,normalize-gemm,"
-    "fold-constants,form-blocks,annotate,calibrate,align-scales,scale-weights,correct-bias,insert-qdq,lower-integer,fold-scales,"
-    "select-kernels,cleanup"
+    "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-gemm,"
+    "fold-constants,form-blocks,annotate,calibrate,align-scales,scale-weights,correct-bias,insert-qdq,lower-integer,"
+    "fold-scales,select-kernels,cleanup"
 )
 
 PLUGIN = Plugin(
