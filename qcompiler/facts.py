@@ -162,7 +162,8 @@ class Facts:
 def gather(result: CompileResult, recorder: Recorder) -> Facts:
     """Gather the facts of a compilation that `recorder` watched.
 
-    Runs both models again, for errors, latency and histograms. Raises UserError if there were no passes to watch.
+    Runs both models again, for errors, latency and histograms; adds a note to the report if the layers cannot be compared.
+    Raises UserError if there were no passes to watch.
     """
     state, before, report = recorder.state, recorder.float_model, result.report
     if state is None or before is None:
@@ -170,7 +171,10 @@ def gather(result: CompileResult, recorder: Recorder) -> Facts:
     samples = state.calibration.held_back if isinstance(state.calibration, Split) else []
     comparison = None
     if samples and state.phase >= Phase.QDQ and any(layer.quantized for layer in report.layers):
-        comparison = compare(before, result.model, samples, PROFILE_SECONDS)
+        try:
+            comparison = compare(before, result.model, samples, PROFILE_SECONDS)
+        except UserError as error:  # the rest is worth telling
+            report.notes.append(f"the layers are not compared: {error.what}")
     return Facts(
         comparison,
         _layer_rows(report, recorder, state, comparison, _histograms(recorder, state, samples)),

@@ -80,6 +80,8 @@ def latency(totals: Mapping[str, tuple[float, float]]) -> str:
 
 def scales(ranges: Sequence[tuple[float, float, float]]) -> str:
     """Least, median and greatest weight scale of each layer, on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator  # noqa: PLC0415  (an extra)
+
     figure, axes = _figure("scales")
     position = np.arange(1, len(ranges) + 1)
     low, middle, high = np.array(ranges, np.float64).T
@@ -87,8 +89,10 @@ def scales(ranges: Sequence[tuple[float, float, float]]) -> str:
     axes.vlines(position, low, high, color=_FLOAT, linewidth=width)
     axes.plot(position, middle, "o", color=_INT8, markersize=min(4, width + 1), markeredgewidth=0)
     axes.set_yscale("log")
+    few = high.max() < 1000 * low.min()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if few else (1.0,)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("layer with weights")
     axes.set_ylabel("scale per channel")
     return _svg(figure)

@@ -148,6 +148,18 @@ def test_a_pipeline_that_stops_early(until: str) -> None:
     assert all(row.error is None for row in found.layers)
 
 
+def test_layers_that_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("no tensor is alike", "model")
+
+    monkeypatch.setattr(facts, "compare", refuse)
+    result, found, text = page_of(net(), samples(4))
+    assert found.comparison is None
+    assert result.report.notes == ["the layers are not compared: no tensor is alike"]
+    assert "no tensor is alike" in Page(text).text
+    assert all(row.kernels and row.histogram and row.params for row in found.layers if row.op != "Gemm")
+
+
 def test_no_passes_at_all() -> None:
     with pytest.raises(UserError, match="no passes"):
         gather(*compiled(net(), None, passes=" "))
