@@ -119,7 +119,7 @@ def compare(
         for output in outputs:
             output.add(wanted[output.name], given[output.name])
         for name, total in accumulated.items():
-            total.add(wanted[cut.source[name]], local.real(name, given[name]))
+            total.add(cut.wanted(name, wanted), local.real(name, given[name]))
         local.add(feeds, wanted)
     if local is None or first is None:
         raise UserError("there are no samples", "calibration data")

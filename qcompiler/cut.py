@@ -76,6 +76,12 @@ class Cut:
             elif x.dtype.kind == "f":
                 self.floats.add(name)
 
+    def wanted(self, name: str, values: dict[str, Any]) -> Array:
+        """The float values behind a tensor, within the bounds that its readers look at."""
+        found: Array = values[self.source[name]]
+        bounds = self.table[name][3:] if name in self.table else ()
+        return np.clip(found, *bounds) if bounds else found
+
     def layer(self, tensor: str) -> list[int]:
         """The nodes between a tensor and the cuts before it, in order."""
         seen: set[int] = set()
@@ -132,7 +138,7 @@ class Local:
             inputs[_LOCAL + name] = quantize(value, self._params[name]) if name in self._params else value
         results = runtime.run(self._runner, inputs)
         for (name, total), result in zip(self.totals.items(), results, strict=True):
-            total.add(wanted[self._cut.source[name]], self.real(name, result))
+            total.add(self._cut.wanted(name, wanted), self.real(name, result))
 
 
 def _params(entry: Sequence[Any], values: Array) -> QuantParams:

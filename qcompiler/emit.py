@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,8 +30,8 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
     """Export the state with the metadata of the float model and, under `qcompiler.`, what made this one.
 
     `qcompiler.provenance` maps the nodes to the float layers that they came from; nodes that kept a layer's name are left out.
-    `qcompiler.tensors` maps the integer activations to the tensor of the float model (null if there is none), scale and zero
-    point.
+    `qcompiler.tensors` maps the integer activations to the tensor of the float model (null if there is none), scale, zero
+    point and bounds.
     """
     nodes = [n.name for n in state.graph.nodes]
     origin = {name: list(state.origin[name]) for name in nodes if state.origin.get(name, (name,)) != (name,)}
@@ -47,13 +49,19 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
     return model
 
 
-def _activations(state: CompileState) -> dict[str, tuple[str | None, float, int]]:
-    """What the integer activations stand for. A scale is the shortest decimal that reads back as the same float32."""
-    table = {}
+def _activations(state: CompileState) -> dict[str, list[Any]]:
+    """What the integer activations stand for: float tensor, scale, zero point and, where readers ignore what lies beyond some
+    bounds, those (null: none). A scale is the shortest decimal that reads back as the same float32.
+    """
+    bounds = {name: (block.low, block.high) for block in state.blocks.values() for name in block.outputs}
+    table: dict[str, list[Any]] = {}
     for tensor in ir.tensors(state.graph):
         params = state.params.get(tensor.name)
         if params is not None and not ir.is_constant(tensor) and tensor.dtype == np.dtype(params.spec.dtype):
-            table[tensor.name] = (state.ties.get(tensor.name), float(str(params.scale)), params.zero_point)
+            source = state.ties.get(tensor.name)
+            limits = [bound if math.isfinite(bound) else None for bound in bounds.get(source or "", ())]
+            beyond = any(bound not in (None, 0) for bound in limits)
+            table[tensor.name] = [source, float(str(params.scale)), params.zero_point, *(limits if beyond else ())]
     return table
 
 

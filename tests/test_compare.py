@@ -158,6 +158,18 @@ def test_an_activation_that_saturates_late_is_one_layer_with_its_convolution() -
     assert all(r.local.sqnr is not None and r.local.sqnr > 30 for r in result.layers)
 
 
+def test_values_that_all_readers_take_for_the_same_are_no_error() -> None:
+    text = "g (float[1,4,8,8] x) => (float[1,4,8,8] y) { a = Conv(x, w)  b = HardSwish(a)  y = Conv(b, w) }"
+    model = model_from_text(text, {"w": 9 * np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1)})
+    int8 = compiled(model)
+    table = json.loads(next(p.value for p in int8.metadata_props if p.key == "qcompiler.tensors"))
+    assert [entry[3:] for entry in table.values() if entry[0] == "a"] == [[-3.0, None]]
+    result = compare(model, int8, [random_feeds(model, 9)])
+    error = next(r for r in result.layers if r.tensor == "a").local
+    assert error.sqnr is not None
+    assert error.sqnr > 30
+
+
 def test_float_layers_between_integers_are_compared() -> None:
     text = "g (float[1,4,8,8] x) => (float[1,4,8,8] y) { a = Conv(x, w)  b = Softplus(a)  y = Conv(b, w) }"
     model = model_from_text(text, {"w": np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1)})
