@@ -59,6 +59,7 @@ def accuracy(local: Sequence[float | None], accumulated: Sequence[float | None])
         position[shown], line, "-o", color=_INT8, markersize=size - 1, linewidth=1.2, label="accumulated from the input"
     )
     axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("SQNR, dB")
     _legend(axes)
     return _svg(figure)
@@ -94,6 +95,7 @@ def scales(ranges: Sequence[tuple[float, float, float]]) -> str:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("layer with weights")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("scale per channel")
     return _svg(figure)
 
