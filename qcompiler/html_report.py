@@ -90,12 +90,8 @@ def render(report: Report, facts: Facts, command: str = "") -> str:
     )
 
 
-def _badness(row: LayerRow) -> tuple[int, float]:
-    """Worst first; then those whose error is that they are clipped at no loss, as their readers show; then the unknown."""
-    if row.error is None:
-        return 2, 0.0
-    sqnr = row.error.local.sqnr
-    return int("free" in row.clips), np.inf if sqnr is None else sqnr
+def _badness(row: LayerRow) -> float:
+    return np.inf if row.error is None or row.error.local.sqnr is None else row.error.local.sqnr
 
 
 def _charts(facts: Facts) -> dict[str, str]:
