@@ -34,7 +34,7 @@ def recorder_for(path: Path, model: Path) -> Recorder:
     """
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"needs {' and '.join(missing)}: pip install 'qcompiler[report]'", "HTML report")
+        raise UserError(f"the HTML report needs {' and '.join(missing)}: pip install 'qcompiler[report]'")
     emit.check_path(path, model)
     return Recorder()
 
