@@ -83,5 +83,7 @@ def _run(arguments: list[str]) -> int:
             click.echo(f"error: {error}", err=True)
             return EXIT_USER
         text = " ".join(str(error).split())[:500] or type(error).__name__
-        click.echo(f"internal error: {text} (run again with --debug for the traceback)", err=True)
+        notes = [note for e in (error, error.__cause__) for note in getattr(e, "__notes__", ())]
+        hint = "; ".join(notes) or "run again with --debug for the traceback"
+        click.echo(f"internal error: {text} ({hint})", err=True)
         return EXIT_INTERNAL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from qcompiler import emit as emitter
 from qcompiler import ir
 from qcompiler.data import Preprocess, Source, as_source
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Operators, Timing, Verify
+from qcompiler.instrument import Dump, Operators, Reproducer, Timing, Verify
 from qcompiler.load import input_specs, load_model
 from qcompiler.measure import measure
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.report import Report, layers_of
+from qcompiler.snapshot import Data, Recipe
 from qcompiler.state import CompileState, Feeds
 from qcompiler.target import Target
 
@@ -52,13 +54,17 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A compilation that is ready to run: the state at its start, the pipeline, and what it was made from."""
+    """A compilation that is ready to run: the state at its start, the pipeline, and what it was made from.
+
+    `recipe`: what snapshots record of it; its pipeline goes on behind `until`.
+    """
 
     state: CompileState
     pipeline: Pipeline
     float_model: onnx.ModelProto
     split: Split | None
     registry: Registry
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
     """Load the model, the plug-ins and the calibration data. Raises UserError for whatever the caller can mend."""
     registry = load_registry(Path(p) for p in options.load)
     target = _target(registry, options.target, options.per_tensor)
-    pipeline = _pipeline(registry, options)
+    planned = _pipeline(registry, options)
+    pipeline = planned if options.until is None else planned.until(options.until)
     float_model = load_model(model)
     specs = input_specs(float_model)
     split = None if calib is None else Split(as_source(calib, specs, options.preprocess, options.samples))
@@ -90,7 +97,16 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
         progress=options.progress,
         metadata={p.key: p.value for p in float_model.metadata_props},
     )
-    return Job(state, pipeline, float_model, split, registry)
+    name = float_model.graph.name if isinstance(model, onnx.ModelProto) else str(model)
+    recipe = Recipe(
+        name, str(planned), tuple(str(Path(p).absolute()) for p in options.load), _data(calib, split, options)
+    )
+    return Job(state, pipeline, float_model, split, registry, recipe)
+
+
+def _data(calib: Any, split: Split | None, options: CompileOptions) -> Data | None:
+    path = str(Path(calib).absolute()) if isinstance(calib, str | os.PathLike) else None
+    return None if split is None else Data(path, options.samples, options.preprocess, split.source.digest)
 
 
 def compile_model(
@@ -101,6 +117,8 @@ def compile_model(
     verify: bool = True,
     compare: bool = True,
     dump: str | Path | None = None,
+    dump_changed: bool = False,
+    reproduce: str | Path | None = None,
     instruments: Sequence[Instrument] = (),
     **options: Any,
 ) -> CompileResult:
@@ -108,7 +126,8 @@ def compile_model(
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
     verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples that
-    are held back from calibration. dump: a folder for the model after every pass. instruments: what else watches the
+    are held back from calibration. dump: a folder for a snapshot after every pass, or with dump_changed after those that
+    changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
     passes. options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same.
     collector: how ranges are measured. samples: use at most so many. target, per_tensor: the hardware, one weight scale per
     tensor. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one, until: a
@@ -119,15 +138,19 @@ def compile_model(
     target_path = None if output is None else Path(output)
     if target_path is not None:
         emitter.check_path(target_path, None if isinstance(model, onnx.ModelProto) else Path(model))
-    job = prepare(model, calib, CompileOptions(**options))
+    choices = CompileOptions(**options)
+    job = prepare(model, calib, choices)
     timing, operators = Timing(), Operators()
     watchers: list[Instrument] = [timing, *instruments, operators]
-    watchers += [Dump(Path(dump))] if dump is not None else []
+    watchers += [Dump(Path(dump), job.recipe, dump_changed)] if dump is not None else []
     watchers += [Verify()] if verify else []
+    if reproduce is not None:
+        passes = job.pipeline.passes
+        watchers.append(Reproducer(Path(reproduce), job.recipe, passes, lambda: prepare(model, calib, choices).state))
     job.pipeline.run(job.state, watchers)
     compiled = finish(job)
     report = Report(
-        source=job.float_model.graph.name if isinstance(model, onnx.ModelProto) else str(model),
+        source=job.recipe.model,
         path=None if target_path is None else str(target_path),
         target=job.state.target.name,
         emit=job.state.phase.name.lower(),
@@ -221,7 +244,7 @@ def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
             pipeline = Pipeline((*pipeline.until(last).passes, registry.passes["cleanup"]()))
     if options.collector is not None:
         pipeline = _with_collector(registry, pipeline, options.collector)
-    return pipeline if options.until is None else pipeline.until(options.until)
+    return pipeline
 
 
 def _with_collector(registry: Registry, pipeline: Pipeline, collector: str) -> Pipeline:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import platform
+import shlex
+import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qcompiler import ir
+from qcompiler import __version__, ir, snapshot
 from qcompiler.errors import UserError
 from qcompiler.ops import op_key
-from qcompiler.pipeline import Pass
+from qcompiler.pipeline import Pass, Pipeline
+from qcompiler.snapshot import Recipe
 from qcompiler.state import CompileState, Phase, Refusal
 from qcompiler.verify import verify
 
@@ -171,20 +177,65 @@ def _refused(node: ir.Node, refusal: Refusal) -> Refused:
 
 @dataclass
 class Dump(Watcher):
-    """Writes the model after every pass as `NN-pass.onnx`; each one runs in ONNX Runtime."""
+    """Writes a snapshot after every pass, or after those that rewrote something: `NN-pass.onnx`, `.json` and `.txt`.
+
+    `number`: how many passes have run before the first that this sees.
+    """
 
     folder: Path
-    _number: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
+    changed_only: bool = False
+    number: int = 0
 
     def after(self, stage: Pass, state: CompileState, count: int) -> None:
-        """Write the model as it is now. Raises UserError if the folder cannot be written."""
-        self._number += 1
-        path = self.folder / f"{self._number:02d}-{stage.name}.onnx"
+        """Write the state as it is now. Raises UserError if the folder cannot be written."""
+        self.number += 1
+        if count or not self.changed_only:
+            snapshot.write(state, self.recipe, self.number, self.folder / f"{self.number:02d}-{stage.name}")
+
+
+@dataclass
+class Reproducer(Watcher):
+    """When a pass breaks, writes the state before it as `before-PASS`, and `crash.txt`: command, versions, traceback.
+
+    `restart` gives the state from which `passes` started: to have it at hand before each pass would cost time, so the passes
+    before the one that broke are run again. The error gets a note that says how to see it again.
+    """
+
+    folder: Path
+    recipe: Recipe
+    passes: Sequence[Pass]
+    restart: Callable[[], CompileState]
+    _started: int = 0
+
+    def before(self, stage: Pass, state: CompileState) -> None:
+        """Count the pass."""
+        self._started += 1
+
+    def failed(self, stage: Pass, state: CompileState, error: Exception) -> None:
+        """Write the folder, unless the user can mend the error."""
+        if isinstance(error, UserError):
+            return
+        stem = self.folder / f"before-{stage.name}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(ir.to_proto(state.graph, state.metadata).SerializeToString(deterministic=True))
-        except OSError as error:
-            raise UserError(f"cannot write the dump: {error.strerror}", str(path)) from error
+            fresh = self.restart()
+            Pipeline(tuple(self.passes[: self._started - 1])).run(fresh)
+            snapshot.write(fresh, self.recipe, self._started - 1, stem)
+            again = ["qcompile", "resume", f"{stem}.onnx", *(w for f in self.recipe.load for w in ("--load", f))]
+            rerun = shlex.join([*again, "--until", stage.name, "--debug"])
+            (self.folder / "crash.txt").write_text(_crash(error, rerun), encoding="utf-8")
+        except Exception as second:  # it must not hide the first
+            error.add_note(f"no reproducer: {second}")
+            return
+        error.add_note(f"to see it again: {rerun}")
+
+
+def _crash(error: Exception, rerun: str) -> str:
+    """What reproduces a crash, for people."""
+    versions = [f"{name} {version(name)}" for name in ("onnx", "onnx-graphsurgeon", "onnxruntime", "numpy")]
+    lines = [f"command:   {shlex.join(sys.argv)}", f"to rerun:  {rerun}"]
+    lines.append(f"versions:  qcompiler {__version__}, Python {platform.python_version()}, {', '.join(versions)}")
+    return "\n".join([*lines, "", *traceback.format_exception(error)])
 
 
 @dataclass

@@ -176,7 +176,8 @@ def _unlink(links: list[Node], node: Node) -> None:
 def toposort(graph: Graph) -> None:
     """Order nodes so that producers come first; stable, iterative, subgraph captures included.
 
-    Raises ValueError if the graph has a cycle.
+    The readers of each tensor get the order of the nodes, as in a graph that was just imported, so that what passes do does
+    not depend on edits of the past. Raises ValueError if the graph has a cycle.
     """
     position = {id(n): i for i, n in enumerate(graph.nodes)}
     waits: list[int] = [0] * len(graph.nodes)
@@ -202,6 +203,19 @@ def toposort(graph: Graph) -> None:
         stuck = next(n for i, n in enumerate(graph.nodes) if waits[i])
         raise ValueError(f"the graph has a cycle through node {stuck.name!r}")
     graph.nodes[:] = [graph.nodes[i] for i in order]
+    _order_readers(graph)
+
+
+def _order_readers(graph: Graph) -> None:
+    position: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
+        inner = (g for a in node.attrs.values() if isinstance(a, gs.Graph) for g in all_graphs(a))
+        position |= {id(n): i for g in inner for n in g.nodes}
+        position[id(node)] = i
+    for node in graph.nodes:
+        for tensor in (*node.inputs, *captures(node)):
+            if len(tensor.outputs) > 1:
+                list.sort(tensor.outputs, key=lambda reader: position.get(id(reader), -1))
 
 
 def drop_dead_nodes(graph: Graph) -> list[Node]:

@@ -52,8 +52,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         refuse_unloaded(model)
     else:
         where = str(source)
-        model = _parse(Path(source))
-        load_external_data(model, Path(source))
+        model = read_model(Path(source))
     _check_versions(model, where)
     _refuse_quantized(model, where)
     if model.functions:
@@ -104,6 +103,13 @@ def brief(error: Exception) -> str:
         if mark in text:
             text = text.partition(mark)[2] or text
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The model in a file with all of its data; nothing else is checked. Raises UserError if it is missing or damaged."""
+    model = _parse(path)
+    load_external_data(model, path)
+    return model
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -92,7 +92,18 @@ def test_time_and_verbose(qcompile: Run) -> None:
 
 def test_dump(qcompile: Run, folder: Path) -> None:
     assert qcompile("net.onnx", "--passes", "normalize,cleanup", "--dump", "d", "-q")[0] == 0
-    assert sorted(p.name for p in (folder / "d").iterdir()) == ["01-normalize.onnx", "02-cleanup.onnx"]
+    files = [f"{stem}.{kind}" for stem in ("01-normalize", "02-cleanup") for kind in ("json", "onnx", "txt")]
+    assert sorted(p.name for p in (folder / "d").iterdir()) == files
+
+
+def test_dump_changed_keeps_the_numbers(qcompile: Run, folder: Path) -> None:
+    code, out, _ = qcompile("net.onnx", "--calib", "calib", "--dump", "d", "--dump-changed", "--json")
+    passes = json.loads(out)["passes"]
+    changed = [f"{i:02d}-{p['name']}" for i, p in enumerate(passes, 1) if p["rewrites"]]
+    assert sorted(p.stem for p in (folder / "d").glob("*.onnx")) == changed
+    assert 3 < len(changed) < len(passes)
+    code, _, err = qcompile("net.onnx", "--calib", "calib", "--dump-changed")
+    assert (code, err) == (2, "error: say where to write (--dump-changed needs --dump DIR)\n")
 
 
 def test_images_with_preprocessing(qcompile: Run, folder: Path) -> None:

@@ -73,7 +73,9 @@ def test_timing_counts_rewrites_and_nodes() -> None:
 def test_dumps_run(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     Pipeline((Cleanup(), ReluToAbs())).run(state(), [Dump(folder)])
-    assert sorted(p.name for p in folder.iterdir()) == ["01-cleanup.onnx", "02-relu-to-abs.onnx"]
+    files = [f"{stem}.{kind}" for stem in ("01-cleanup", "02-relu-to-abs") for kind in ("json", "onnx", "txt")]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    assert "t = Neg(x)\ny = Abs(t)\n" in (folder / "02-relu-to-abs.txt").read_text()
     feeds = {"x": np.float32([-3, 4])}
     assert run(onnx.load(folder / "01-cleanup.onnx"), feeds)[0].tolist() == [3, 0]
     assert run(onnx.load(folder / "02-relu-to-abs.onnx"), feeds)[0].tolist() == [3, 4]

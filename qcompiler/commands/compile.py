@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -41,7 +42,13 @@ Examples:
 @click.option("-o", "--output", type=PATH, help="The file to write.  [default: MODEL-stem.int8.onnx beside the model]")
 @data_options
 @pipeline_options
-@click.option("--dump", type=PATH, metavar="DIR", help="Write the model after every pass.")
+@click.option(
+    "--dump", type=PATH, metavar="DIR", help="Write the state after every pass; see `qcompile resume`, `diff`."
+)
+@click.option("--dump-changed", is_flag=True, help="Let --dump write only after passes that changed something.")
+@click.option(
+    "--repro", type=PATH, metavar="DIR", help="Where to write what reproduces the crash of a pass, if one crashes."
+)
 @click.option("--time", "show_time", is_flag=True, help="Show what each pass took.")
 @click.option("--trace", type=PATH, metavar="FILE.json", help="Write a timeline of the passes for Chrome or Perfetto.")
 @click.option("--why", multiple=True, metavar="PASS", help="Show what this pass left as it was, and why; repeatable.")
@@ -64,12 +71,16 @@ def command(
     verbose: bool,
     debug: bool,
     dump: Path | None,
+    dump_changed: bool,
+    repro: Path | None,
     **options: Any,
 ) -> None:
     """Compile MODEL and write MODEL-stem.int8.onnx."""
     from qcompiler.compile import compile_model  # noqa: PLC0415  (so that --help is quick)
     from qcompiler.instrument import Refusals, Trace  # noqa: PLC0415
 
+    if dump_changed and dump is None:
+        raise UserError("say where to write", "--dump-changed needs --dump DIR")
     calib, images = options.pop("calib"), preprocess(options)
     refusals = Refusals(_known_passes(why, options["load"])) if why else None
     output = model.with_name(f"{model.stem}.int8.onnx") if output is None else output
@@ -86,6 +97,8 @@ def command(
             verify=not no_verify,
             compare=as_json or not quiet or report is not None,
             dump=dump,
+            dump_changed=dump_changed,
+            reproduce=_reproducer(output) if repro is None else repro,
             instruments=[i for i in (Trace(trace) if trace else None, refusals, recorder) if i is not None],
             preprocess=images,
             progress=progress,
@@ -103,6 +116,12 @@ def command(
             click.echo("\n".join(refusals.lines(verbose)))
     except BrokenPipeError:  # whoever read the summary has gone; the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reproducer(output: Path) -> Path:
+    """A folder beside the output that does not exist yet."""
+    folders = (output.parent / f"qcompiler-repro-{i:02d}" for i in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
 def _known_passes(names: tuple[str, ...], load: tuple[Path, ...]) -> tuple[str, ...]:
