@@ -230,3 +230,10 @@ def test_the_command_needs_data(digits: Path, capsys: pytest.CaptureFixture[str]
         cli.main(["compare", str(DIGITS), str(digits)])
     assert stop.value.code == 2
     assert "--calib" in capsys.readouterr().err
+
+
+def test_a_model_in_which_nothing_is_quantized_has_no_layers() -> None:
+    model = small()
+    found = compare(model, compiled(model, keep_float=["*"]), [random_feeds(model)])
+    assert found.layers == []
+    assert all(output.error.sqnr is None or output.error.sqnr > 80 for output in found.outputs)
