@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -266,9 +267,44 @@ def test_internal_errors_name_the_pass(qcompile: Run, folder: Path) -> None:
     assert (code, out) == (70, "")
     assert err == (
         f"internal error: pass broken of {folder / 'broken.py'}: ZeroDivisionError: integer division or modulo by zero "
-        "(run again with --debug for the traceback)\n"
+        "(to see it again: qcompile resume qcompiler-repro-01/before-broken.onnx "
+        f"--load {folder / 'broken.py'} --until broken --debug)\n"
     )
     assert not (folder / "net.int8.onnx").exists()
+
+
+@pytest.mark.parametrize("body", ["return 1 // 0", "state.graph.nodes.reverse()"])
+def test_a_crash_writes_what_reproduces_it(qcompile: Run, folder: Path, body: str) -> None:
+    arguments = [*broken(folder, body), "--passes", "normalize,form-blocks,broken,cleanup"]
+    _, _, err = qcompile(*arguments)
+    rerun = err.partition("to see it again: ")[2].strip().removesuffix(")")
+    written = sorted(p.name for p in (folder / "qcompiler-repro-01").iterdir())
+    assert written == ["before-broken.json", "before-broken.onnx", "before-broken.txt", "crash.txt"]
+    crash = (folder / "qcompiler-repro-01" / "crash.txt").read_text()
+    assert (
+        f"to rerun:  {rerun}\n" in crash and f"qcompiler {__version__}, Python 3." in crash and "onnxruntime" in crash
+    )
+    assert "Traceback (most recent call last)" in crash
+    code, out, second = qcompile(*shlex.split(rerun)[1:])
+    assert (code, out) == (70, "")
+    cause = err.partition(" (to see")[0]
+    assert "Traceback" in second and second.splitlines()[-1].startswith(cause)
+    assert qcompile(*arguments, "--repro", "mine")[0] == 70
+    assert (folder / "mine" / "crash.txt").exists() and not (folder / "qcompiler-repro-02").exists()
+    assert qcompile(*arguments)[0] == 70
+    assert (folder / "qcompiler-repro-02" / "crash.txt").exists()
+
+
+def test_no_reproducer_of_the_users_errors(qcompile: Run, folder: Path) -> None:
+    code, _, err = qcompile(*broken(folder, "from qcompiler import UserError; raise UserError('no good')"))
+    assert (code, err) == (2, "error: no good\n")
+    assert not (folder / "qcompiler-repro-01").exists()
+
+
+def test_a_reproducer_that_cannot_be_written_does_not_hide_the_crash(qcompile: Run, folder: Path) -> None:
+    code, _, err = qcompile(*broken(folder, "return 1 // 0"), "--repro", folder / "net.onnx" / "x")
+    assert code == 70
+    assert "ZeroDivisionError" in err and "(no reproducer: cannot write the dump: Not a directory" in err
 
 
 def test_no_verify_skips_the_checks_between_passes(qcompile: Run, folder: Path) -> None:

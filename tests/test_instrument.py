@@ -13,12 +13,15 @@ import pytest
 from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.form_blocks import FormBlocks
 
+from qcompiler import snapshot
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Operators, Refusals, Timing, Trace, Verify
-from qcompiler.pipeline import PassError, Pipeline
+from qcompiler.instrument import Dump, Operators, Refusals, Reproducer, Timing, Trace, Verify
+from qcompiler.pipeline import Pass, PassError, Pipeline
+from qcompiler.plugin import Registry, load_registry
 from qcompiler.rewrite import Refusal, Rewriter, apply_rules
+from qcompiler.snapshot import Recipe
 from qcompiler.state import Block, CompileState, Phase
-from tests.support import model_from_text, run, state_of
+from tests.support import TEST_TARGET, model_from_text, run, state_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,34 @@ def test_a_dump_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the dump"):
         Pipeline((Cleanup(),)).run(state(), [Dump(tmp_path / "file" / "dump")])
+
+
+def test_a_reproducer_holds_the_state_before_the_pass(tmp_path: Path) -> None:
+    passes = (Cleanup(), ReluToAbs(), Break(), Cleanup())
+    starts: list[CompileState] = []
+
+    def restart() -> CompileState:
+        starts.append(state())
+        return starts[-1]
+
+    def run_with(passes: tuple[Pass, ...]) -> None:
+        Pipeline(passes).run(state(), [Verify(), Reproducer(tmp_path / "r", Recipe(), passes, restart)])
+
+    run_with(passes[:2])
+    assert not starts and not (tmp_path / "r").exists()
+    with pytest.raises(PassError) as caught:
+        run_with(passes)
+    assert len(starts) == 1
+    found = snapshot.read(tmp_path / "r" / "before-break", load_registry_with_test_target())
+    assert (found.done, [n.op for n in found.state.graph.nodes]) == (2, ["Neg", "Abs"])
+    (note,) = caught.value.error.__notes__
+    assert note.endswith("--until break --debug")
+
+
+def load_registry_with_test_target() -> Registry:
+    registry = load_registry()
+    registry.targets["test"] = TEST_TARGET
+    return registry
 
 
 def test_operators_are_those_of_the_float_model() -> None:
