@@ -75,17 +75,17 @@ def has_subgraph(node: Node) -> bool:
 
 
 def captures(node: Node) -> list[Tensor]:
-    """The tensors that the node's subgraphs may read: everything named inside them, at any depth."""
+    """The tensors from outside that the node's subgraphs may read: all that is named, but not made, inside them."""
     found: dict[int, Tensor] = {}
+    made: set[int] = set()
     for attribute in node.attrs.values():
-        if isinstance(attribute, gs.Graph):
-            for inner in all_graphs(attribute):
-                for tensor in inner.outputs:
-                    found[id(tensor)] = tensor
-                for inner_node in inner.nodes:
-                    for tensor in inner_node.inputs:
-                        found[id(tensor)] = tensor
-    return list(found.values())
+        for inner in all_graphs(attribute) if isinstance(attribute, gs.Graph) else ():
+            made.update(id(t) for t in inner.inputs)
+            found.update((id(t), t) for t in inner.outputs)
+            for inner_node in inner.nodes:
+                made.update(id(t) for t in inner_node.outputs)
+                found.update((id(t), t) for t in inner_node.inputs)
+    return [tensor for key, tensor in found.items() if key not in made]
 
 
 def producer(tensor: Tensor) -> Node | None:

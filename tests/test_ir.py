@@ -76,7 +76,7 @@ def test_export_adds_the_functions_in_use() -> None:
 def test_captures_see_every_depth() -> None:
     graph = graph_of(IF_MODEL)
     outer = node_of(graph, "If")
-    assert {"a", "b"} <= {t.name for t in ir.captures(outer)}
+    assert {t.name for t in ir.captures(outer)} == {"a", "b", "c"}
     assert ir.has_subgraph(outer)
     assert not ir.has_subgraph(node_of(graph, "Relu"))
     assert ir.captures(node_of(graph, "Relu")) == []
@@ -95,6 +95,28 @@ def test_dead_nodes_go_captured_ones_stay() -> None:
     assert [n.name for n in ir.drop_dead_nodes(graph)] == ["dead"]
     assert [n.op for n in graph.nodes] == ["Relu", "Neg", "If"]
     assert all(n.op != "Sin" for n in graph.inputs[0].outputs)
+
+
+def test_a_submodel_of_a_node_with_subgraphs() -> None:
+    graph = graph_of(IF_MODEL)
+    branches = node_of(graph, "If")
+    for op in ("Relu", "Neg"):
+        node_of(graph, op).outputs[0].dtype = np.dtype(np.float32)
+    model = ir.submodel(ir.captures(branches), branches.outputs, graph.opset)
+    assert ops_of(model) == ["If"]
+    feeds = {"c": np.array(False), "a": np.float32([1, 2]), "b": np.float32([3, 4])}
+    assert run(model, feeds)[0].tolist() == [1, 2]
+
+
+def test_toposort_gives_readers_the_order_of_a_new_import() -> None:
+    graph = graph_of(IF_MODEL)
+    relu = node_of(graph, "Relu")
+    readers = relu.outputs[0].outputs
+    before = [n.name for n in readers]
+    assert len(before) > 2
+    list.reverse(readers)
+    ir.toposort(graph)
+    assert [n.name for n in readers] == before
 
 
 def test_toposort_puts_captured_tensors_first() -> None:
