@@ -2,5 +2,18 @@
 
 from __future__ import annotations
 
-COMMANDS = ("compile", "resume", "compare", "diff", "bisect", "explain", "report", "new-pass", "ops", "passes", "targets")
+COMMANDS = (
+    "compile",
+    "resume",
+    "compare",
+    "diff",
+    "bisect",
+    "reduce",
+    "explain",
+    "report",
+    "new-pass",
+    "ops",
+    "passes",
+    "targets",
+)
 """Names of commands; the module has the same name, with `_` for `-`."""
