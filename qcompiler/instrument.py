@@ -235,7 +235,7 @@ def _crash(error: Exception, rerun: str) -> str:
     versions = [f"{name} {version(name)}" for name in ("onnx", "onnx-graphsurgeon", "onnxruntime", "numpy")]
     lines = [f"command:   {shlex.join(sys.argv)}", f"to rerun:  {rerun}"]
     lines.append(f"versions:  qcompiler {__version__}, Python {platform.python_version()}, {', '.join(versions)}")
-    return "\n".join([*lines, "", *traceback.format_exception(error)])
+    return "\n".join([*lines, "", "".join(traceback.format_exception(error))])
 
 
 @dataclass
