@@ -82,8 +82,8 @@ class Values:
         self.parts += other.parts
 
     def finish(self, spec: QuantSpec) -> QuantParams:
-        """Values are for looking at."""
-        raise NotImplementedError
+        """Raise ValueError: these values are for looking at."""
+        raise ValueError("a recorder of values chooses no range")
 
     def histogram(self) -> Histogram | None:
         """The histogram, or None if nothing was seen."""
