@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ class CompileOptions:
     """What decides how a model is compiled; see `compile_model`."""
 
     emit: str = "kernels"
+    level: int | None = None
     collector: str | None = None
     samples: int | None = None
     target: str | Target = DEFAULT_TARGET
@@ -129,7 +131,7 @@ def compile_model(
     are held back from calibration. dump: a folder for a snapshot after every pass, or with dump_changed after those that
     changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
     passes. options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same.
-    collector: how ranges are measured. samples: use at most so many. target, per_tensor: the hardware, one weight scale per
+    level: 0 (fast to compile) to 3 (most accurate). collector: how ranges are measured. samples: use at most so many. target, per_tensor: the hardware, one weight scale per
     tensor. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one, until: a
     pass or phase to stop after. preprocess: of images. load: plug-in files. progress: called with samples done and in all.
 
@@ -233,18 +235,29 @@ def _target(registry: Registry, target: str | Target, per_tensor: bool) -> Targe
 
 
 def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
+    """The passes of the level, or those that were asked for, as far as `emit` goes, with the collector put in."""
     if options.emit not in LAST_PASS:
         raise UserError(f"no form is called {options.emit!r}; choose {', '.join(LAST_PASS)}", "--emit")
     if options.passes is not None:
-        pipeline = parse_pipeline(registry.pipelines.get(options.passes, options.passes), registry.passes)
+        if options.level is not None:
+            raise UserError("a level is a pipeline: give one of the two", "-O and --passes")
+        text = registry.pipelines.get(options.passes, options.passes)
     else:
-        pipeline = parse_pipeline(registry.pipelines["default"], registry.passes)
-        last = LAST_PASS[options.emit]
-        if last is not None:
-            pipeline = Pipeline((*pipeline.until(last).passes, registry.passes["cleanup"]()))
-    if options.collector is not None:
-        pipeline = _with_collector(registry, pipeline, options.collector)
-    return pipeline
+        text = registry.pipelines[_level(registry, options.level)]
+    pipeline = parse_pipeline(text, registry.passes)
+    last = LAST_PASS[options.emit]
+    if last is not None and any(stage.name == last for stage in pipeline.passes):
+        pipeline = Pipeline((*pipeline.until(last).passes, registry.passes["cleanup"]()))
+    return pipeline if options.collector is None else _with_collector(registry, pipeline, options.collector)
+
+
+def _level(registry: Registry, level: int | None) -> str:
+    if level is None:
+        return "default"
+    levels = [name for name in registry.pipelines if re.fullmatch(r"O\d", name)]
+    if f"O{level}" not in levels:
+        raise UserError(f"there is no level {level}; choose {', '.join(name[1:] for name in levels)}", "-O")
+    return f"O{level}"
 
 
 def _with_collector(registry: Registry, pipeline: Pipeline, collector: str) -> Pipeline:

@@ -84,6 +84,12 @@ pipeline_options = _all(
         show_default=True,
         help="Fast kernels, plain integer operators, or quantize/dequantize pairs; all compute the same.",
     ),
+    click.option(
+        "-O",
+        "level",
+        type=click.IntRange(0, 3),
+        help="Time for accuracy, from 0, min-max ranges only, to 3, all there is.  [default: 2]",
+    ),
     click.option("--target", default="ort-cpu", show_default=True, help="The hardware (see `qcompile targets`)."),
     click.option("--collector", help="How activation ranges are measured: minmax, omse, or one from a plug-in."),
     click.option("--per-tensor", is_flag=True, help="One weight scale per tensor instead of one per output channel."),

@@ -143,6 +143,22 @@ def test_pipelines_in_text_form() -> None:
     assert_same_function(net(), result.model)
 
 
+def test_levels_are_pipelines() -> None:
+    texts = [compile_model(net(), samples(4), level=n, compare=False).report.pipeline for n in range(4)]
+    assert len(set(texts)) == 4
+    assert texts[2] == compile_model(net(), samples(4), compare=False).report.pipeline
+    assert "calibrate{collector=minmax}" in texts[0]
+    assert "correct-bias" not in texts[0] + texts[1]
+
+
+def test_a_level_goes_with_a_form_and_a_collector() -> None:
+    report = compile_model(net(), samples(4), level=0, emit="qdq", collector="omse", compare=False).report
+    assert report.emit == "qdq"
+    assert "calibrate,align-scales,scale-weights{search=false},insert-qdq,cleanup" in report.pipeline
+    named = compile_model(net(), samples(4), passes="O0", emit="qdq", collector="omse", compare=False).report
+    assert named.pipeline == report.pipeline
+
+
 def test_until_a_phase_and_a_pass() -> None:
     fused = compile_model(net(), samples(), until="fused", compare=False)
     assert fused.report.emit == "fused"
@@ -171,6 +187,8 @@ def test_progress_is_reported() -> None:
         ({"collector": "minmox"}, "no collector is called 'minmox'; did you mean 'minmax'? (--collector)"),
         ({"emit": "int4"}, "no form is called 'int4'; choose qdq, integer, kernels (--emit)"),
         ({"passes": "clenup"}, "no pass is called 'clenup'; did you mean 'cleanup'? (--passes)"),
+        ({"level": 4}, "there is no level 4; choose 0, 1, 2, 3 (-O)"),
+        ({"level": 1, "passes": "O2"}, "a level is a pipeline: give one of the two (-O and --passes)"),
         ({"load": ["/nonexistent.py"]}, "no such file (--load /nonexistent.py)"),
         ({"calib": None}, "calibration data is missing; give some samples of what the model is fed (--calib)"),
     ],

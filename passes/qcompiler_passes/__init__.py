@@ -22,11 +22,21 @@ from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.select_kernels import SelectKernels
 from qcompiler_passes.targets import TARGETS
 
-DEFAULT_PIPELINE = (
+_FLOAT = (
     "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-gemm,"
-    "fold-constants,form-blocks,annotate,calibrate,align-scales,scale-weights,correct-bias,insert-qdq,lower-integer,"
-    "fold-scales,select-kernels,cleanup"
+    "fold-constants,form-blocks,annotate"
 )
+_INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,cleanup"
+
+LEVELS = {
+    "O0": f"{_FLOAT},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
+    "O1": f"{_FLOAT},calibrate,align-scales,scale-weights,{_INTEGER}",
+    "O2": f"{_FLOAT},calibrate,align-scales,scale-weights,correct-bias,{_INTEGER}",
+    "O3": f"{_FLOAT},calibrate,align-scales,scale-weights,correct-bias{{samples=128}},{_INTEGER}",
+}
+"""What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
+
+DEFAULT_PIPELINE = LEVELS["O2"]
 
 PLUGIN = Plugin(
     "qcompiler-passes",
@@ -52,5 +62,5 @@ PLUGIN = Plugin(
         SelectKernels,
     ),
     targets=TARGETS,
-    pipelines={"default": DEFAULT_PIPELINE},
+    pipelines={"default": DEFAULT_PIPELINE, **LEVELS},
 )
