@@ -134,14 +134,14 @@ class Entropy(_Counting):
     def clipped(self, widest: QuantParams, histogram: Histogram) -> QuantParams:
         """Search the high end, the low end, and the high end again."""
         histogram = histogram.without_zeros()
-        best, ends = widest, [self.low, self.high]
-        for which in (1, 0, 1):
-            full = (self.low, self.high)[which]
-            if full != 0 and (full > 0) == (which == 1):
-                tried = [full * fraction for fraction in 2.0 ** (-np.arange(40) / 8)]
-                params = [params_from_range(*(ends[:which] + [end] + ends[which + 1 :]), widest.spec) for end in tried]
+        best, low, high = widest, self.low, self.high
+        for end in ("high", "low", "high"):
+            if high > 0 if end == "high" else low < 0:
+                fractions = 2.0 ** (-np.arange(40) / 8)
+                ranges = [(low, self.high * f) if end == "high" else (self.low * f, high) for f in fractions]
+                params = [params_from_range(a, b, widest.spec) for a, b in ranges]
                 choice = int(np.argmin(histogram.divergences(params)))
-                best, ends[which] = params[choice], tried[choice]
+                best, (low, high) = params[choice], ranges[choice]
         return best
 
 

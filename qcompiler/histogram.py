@@ -22,7 +22,7 @@ BINS = 2 ** (32 - _DROPPED_BITS)
 
 def bins_of(values: F32) -> NDArray[np.uint32]:
     """The number of the bin of each value; values must be contiguous."""
-    return values.view(np.uint32) >> _DROPPED_BITS
+    return values.view(np.uint32) >> np.uint32(_DROPPED_BITS)
 
 
 class Histogram:
