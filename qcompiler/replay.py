@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -11,6 +12,22 @@ from qcompiler import ir
 from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.runtime import run, session
 from qcompiler.state import Feeds
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a graph that runs as a whole. `reads`: what it takes from before; `makes`: what is read after it, or asked for."""
+
+    nodes: list[Node]
+    reads: list[Tensor]
+    makes: list[Tensor]
+
+
+def pieces(stops: Sequence[Tensor]) -> list[Piece]:
+    """For each stop, producers before consumers, the nodes that it needs and that no earlier stop needed."""
+    parts = _parts(stops)
+    ends = [_ends(nodes, parts[i + 1 :], stops[i:]) for i, nodes in enumerate(parts)]
+    return [Piece(nodes, *edges) for nodes, edges in zip(parts, ends, strict=True)]
 
 
 class Replay:
@@ -24,20 +41,19 @@ class Replay:
         self._opset = graph.opset
         self._stops = list(stops)
         self._count = len(samples)
-        pieces = _pieces(self._stops)
-        self._plan = [_ends(nodes, pieces[i + 1 :], self._stops[i:]) for i, nodes in enumerate(pieces)]
+        self._plan = pieces(self._stops)
         self._values = {t.name: [sample[t.name] for sample in samples] for t in graph.inputs}
         self._position = -1
 
     def advance(self) -> list[NDArray[Any]]:
         """Run the piece that ends with the next stop; return the stop's value per sample."""
         self._position += 1
-        inputs, outputs = self._plan[self._position]
-        if outputs:
-            rows = self.evaluate(inputs, outputs)
-            self._values |= {t.name: [row[i] for row in rows] for i, t in enumerate(outputs)}
+        piece = self._plan[self._position]
+        if piece.makes:
+            rows = self.evaluate(piece.reads, piece.makes)
+            self._values |= {t.name: [row[i] for row in rows] for i, t in enumerate(piece.makes)}
         stop = self._stops[self._position]
-        needed = {t.name for read, _ in self._plan[self._position + 1 :] for t in read}
+        needed = {t.name for later in self._plan[self._position + 1 :] for t in later.reads}
         needed |= {t.name for t in self._stops[self._position :]}
         self._values = {name: values for name, values in self._values.items() if name in needed}
         return self._values[stop.name]
@@ -48,10 +64,9 @@ class Replay:
         return [run(runner, {t.name: self._values[t.name][i] for t in sources}) for i in range(self._count)]
 
 
-def _pieces(stops: Sequence[Tensor]) -> list[list[Node]]:
-    """For each stop, the nodes that it needs and that no earlier stop needed."""
+def _parts(stops: Sequence[Tensor]) -> list[list[Node]]:
     seen: set[int] = set()
-    pieces = []
+    parts = []
     for stop in stops:
         piece: list[Node] = []
         stack = list(stop.inputs)
@@ -61,11 +76,11 @@ def _pieces(stops: Sequence[Tensor]) -> list[list[Node]]:
                 seen.add(id(node))
                 piece.append(node)
                 stack += [maker for tensor in _reads(node) for maker in tensor.inputs]
-        pieces.append(piece)
-    return pieces
+        parts.append(piece)
+    return parts
 
 
-def _ends(piece: list[Node], later: list[list[Node]], stops: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _ends(piece: list[Node], later: Sequence[list[Node]], stops: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What a piece reads from before it, and what it makes that is read after it or is a stop."""
     made = {id(t): t for n in piece for t in n.outputs if not t.is_empty()}
     read = {id(t): t for n in piece for t in _reads(n) if id(t) not in made}
