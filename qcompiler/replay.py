@@ -16,7 +16,7 @@ from qcompiler.state import Feeds
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a graph that runs as a whole. `reads`: what it takes from before; `makes`: what is read after it, or asked for."""
+    """A part of a graph that runs as a whole. `reads`: what it takes from before; `makes`: what is asked for, or read later."""
 
     nodes: list[Node]
     reads: list[Tensor]
@@ -25,9 +25,15 @@ class Piece:
 
 def pieces(stops: Sequence[Tensor]) -> list[Piece]:
     """For each stop, producers before consumers, the nodes that it needs and that no earlier stop needed."""
-    parts = _parts(stops)
-    ends = [_ends(nodes, parts[i + 1 :], stops[i:]) for i, nodes in enumerate(parts)]
-    return [Piece(nodes, *edges) for nodes, edges in zip(parts, ends, strict=True)]
+    found = []
+    wanted: set[int] = set()
+    for stop, nodes in reversed(list(zip(stops, _parts(stops), strict=True))):
+        wanted.add(id(stop))
+        made = {id(t): t for n in nodes for t in n.outputs if not t.is_empty()}
+        read = {id(t): t for n in nodes for t in _reads(n) if id(t) not in made}
+        found.append(Piece(nodes, list(read.values()), [t for key, t in made.items() if key in wanted]))
+        wanted |= read.keys()
+    return found[::-1]
 
 
 class Replay:
@@ -78,14 +84,6 @@ def _parts(stops: Sequence[Tensor]) -> list[list[Node]]:
                 stack += [maker for tensor in _reads(node) for maker in tensor.inputs]
         parts.append(piece)
     return parts
-
-
-def _ends(piece: list[Node], later: Sequence[list[Node]], stops: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What a piece reads from before it, and what it makes that is read after it or is a stop."""
-    made = {id(t): t for n in piece for t in n.outputs if not t.is_empty()}
-    read = {id(t): t for n in piece for t in _reads(n) if id(t) not in made}
-    wanted = {id(t) for nodes in later for n in nodes for t in _reads(n)} | {id(t) for t in stops}
-    return list(read.values()), [t for key, t in made.items() if key in wanted]
 
 
 def _reads(node: Node) -> list[Tensor]:
