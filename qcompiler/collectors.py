@@ -83,7 +83,8 @@ class MovingAverage(MinMax):
         widest = super().finish(spec)
         if self.low == self.high:
             return widest
-        return params_from_range(float(self.lows / self.count), float(self.highs / self.count), spec)
+        mean = params_from_range(float(self.lows / self.count), float(self.highs / self.count), spec)
+        return min(mean, widest, key=lambda params: float(params.scale))
 
 
 class _Counting(MinMax):
@@ -108,7 +109,8 @@ class _Counting(MinMax):
         widest = super().finish(spec)
         if self.low == self.high or not self.counts.any():
             return widest
-        return self.clipped(widest, Histogram.of(self.counts, self.low, self.high))
+        clipped = self.clipped(widest, Histogram.of(self.counts, self.low, self.high))
+        return min(clipped, widest, key=lambda params: float(params.scale))
 
     def clipped(self, widest: QuantParams, histogram: Histogram) -> QuantParams:
         """The params of the chosen range, given those of the widest."""
