@@ -19,7 +19,7 @@ from qcompiler.compile import CompileOptions, prepare
 from qcompiler.cut import Cut, Local, metadata
 from qcompiler.difference import Difference, Error, OutputDifference, OutputError
 from qcompiler.errors import UserError
-from qcompiler.external import load_external_data
+from qcompiler.load import read_model
 from qcompiler.profile import Profile, profile
 from qcompiler.report import HEAVY
 from qcompiler.state import Feeds
@@ -79,14 +79,9 @@ def _rank(error: Error) -> float:
 
 def load_compiled(path: Path) -> onnx.ModelProto:
     """Read a model that qcompiler wrote. Raises UserError if it cannot be read or lacks the metadata."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise UserError(f"cannot read it: {error.strerror}", str(path)) from error
-    except Exception as error:  # protobuf's DecodeError, but also plain ValueErrors
-        raise UserError("not an ONNX model, or cut short", str(path)) from error
-    load_external_data(model, path)
-    metadata(model, "tensors", str(path))
+    model = read_model(path)
+    for key in ("provenance", "tensors", "counterparts"):
+        metadata(model, key, str(path))
     return model
 
 
@@ -118,9 +113,10 @@ def compare(
             accumulated = {name: Difference() for name in cut.rows()}
         for output in outputs:
             output.add(wanted[output.name], given[output.name])
+        expected = {name: cut.expected(name, wanted, given) for name in cut.source}
         for name, total in accumulated.items():
-            total.add(cut.wanted(name, wanted), local.real(name, given[name]))
-        local.add(feeds, wanted)
+            total.add(cut.within(name, expected[name]), local.real(name, given[name]))
+        local.add(feeds, expected)
     if local is None or first is None:
         raise UserError("there are no samples", "calibration data")
     profiles = profile([float_model, compiled], first, seconds) if seconds else None

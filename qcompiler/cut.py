@@ -37,6 +37,7 @@ class Cut:
         self.nodes = list(compiled.graph.node)
         self.table = metadata(compiled, "tensors")
         self.provenance = metadata(compiled, "provenance")
+        self._counterparts = metadata(compiled, "counterparts")
         self.maker = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.inputs = [v.name for v in compiled.graph.input]
         known = {v.name for v in float_model.graph.input} | {name for n in float_model.graph.node for name in n.output}
@@ -49,14 +50,19 @@ class Cut:
         if inner and not any(name in self.source for name in inner):
             raise UserError("it was not made from this float model: no tensor is the same", "model")
 
-    def _behind(self, name: str) -> str | None:
-        """The float tensor that a tensor of the compiled model stands for, if any."""
+    def _float_name(self, name: str) -> str | None:
+        """The name that a tensor of the compiled model had before quantization, if any."""
         if name in self.table:
             source = self.table[name][0]
             return None if source is None else str(source)
         maker = self.nodes[self.maker[name]]
         is_copy = maker.op_type == "DequantizeLinear" and maker.input[0] in self.table
         return None if is_copy else name
+
+    def _behind(self, name: str) -> str | None:
+        """The tensor of the float model that a tensor of the compiled model stands for, if any."""
+        own = self._float_name(name)
+        return str(self._counterparts[own][0]) if own in self._counterparts else own
 
     @property
     def sources(self) -> list[str]:
@@ -69,20 +75,30 @@ class Cut:
         return list(self.source)
 
     def match(self, wanted: dict[str, Any], given: dict[str, Any]) -> None:
-        """Give up the tensors whose shapes differ, or that are not arrays."""
+        """Give up the tensors whose shapes differ, unless that is known, or that are not arrays."""
         for name, source in list(self.source.items()):
             x, y = wanted[source], given[name]
-            if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or x.shape != y.shape:
+            are_arrays = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
+            moved = self._float_name(name) in self._counterparts
+            if not are_arrays or (x.size != y.size if moved else x.shape != y.shape):
                 del self.source[name]
                 self.skipped[name] = f"its shape is not that of {source!r} in the float model"
             elif x.dtype.kind == "f":
                 self.floats.add(name)
 
-    def wanted(self, name: str, values: dict[str, Any]) -> Array:
-        """The float values behind a tensor, within the bounds that its readers look at."""
-        found: Array = values[self.source[name]]
+    def expected(self, name: str, wanted: dict[str, Any], given: dict[str, Any]) -> Array:
+        """What a tensor of the compiled model would hold without any error, as floats."""
+        found: Array = wanted[self.source[name]]
+        entry = self._counterparts.get(self._float_name(name) or "")
+        if entry is None:
+            return found
+        factor, offset = (np.asarray(number, np.float64) for number in entry[1:])
+        return (found * factor + offset).astype(found.dtype).reshape(given[name].shape)
+
+    def within(self, name: str, values: Array) -> Array:
+        """Values of a tensor within the bounds that its readers look at."""
         bounds = self.table[name][3:] if name in self.table else ()
-        return np.clip(found, *bounds) if bounds else found
+        return np.clip(values, *bounds) if bounds else values
 
     def layer(self, tensor: str) -> list[int]:
         """The nodes between a tensor and the cuts before it, in order."""
@@ -132,17 +148,17 @@ class Local:
         """What a tensor of the compiled model stands for."""
         return dequantize(values, self._params[name]) if name in self._params else values
 
-    def add(self, feeds: Feeds, wanted: dict[str, Any]) -> None:
-        """Run all layers on the float model's tensors and take in what differs."""
+    def add(self, feeds: Feeds, expected: dict[str, Array]) -> None:
+        """Run all layers on what they would get without any error, and take in what differs."""
         if self._runner is None:
             return
         inputs = dict(feeds)
         for name in self._fed:
-            value = wanted[self._cut.source[name]]
+            value = expected[name]
             inputs[_LOCAL + name] = quantize(value, self._params[name]) if name in self._params else value
         results = runtime.run(self._runner, inputs)
         for (name, total), result in zip(self.totals.items(), results, strict=True):
-            total.add(self._cut.wanted(name, wanted), self.real(name, result))
+            total.add(self._cut.within(name, expected[name]), self.real(name, result))
 
 
 def _params(entry: Sequence[Any], values: Array) -> QuantParams:

@@ -30,18 +30,21 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
     """Export the state with the metadata of the float model and, under `qcompiler.`, what made this one.
 
     `qcompiler.provenance` maps the nodes to the float layers that they came from; nodes that kept a layer's name are left out.
-    `qcompiler.tensors` maps the integer activations to the tensor of the float model (null if there is none), scale, zero
-    point and bounds.
+    `qcompiler.tensors` maps the integer activations to the float tensor that they stand for (null if there is none), scale,
+    zero point and bounds; `qcompiler.counterparts` maps float tensors to what they are to one of the float model: its name,
+    factor and offset. A float tensor that is not there is that of the float model that has its name.
     """
     nodes = [n.name for n in state.graph.nodes]
     origin = {name: list(state.origin[name]) for name in nodes if state.origin.get(name, (name,)) != (name,)}
+    tensors = _activations(state)
     made_by = {
         "version": __version__,
         "target": state.target.name,
         "emit": state.phase.name.lower(),
         **made_by,
         "provenance": json.dumps(origin, separators=(",", ":")),
-        "tensors": json.dumps(_activations(state), separators=(",", ":")),
+        "tensors": json.dumps(tensors, separators=(",", ":")),
+        "counterparts": json.dumps(_counterparts(state, tensors), separators=(",", ":")),
     }
     metadata = {**state.metadata, **{f"qcompiler.{key}": value for key, value in made_by.items()}}
     model = ir.to_proto(state.graph, metadata)
@@ -63,6 +66,13 @@ def _activations(state: CompileState) -> dict[str, list[Any]]:
             beyond = any(bound not in (None, 0) for bound in limits)
             table[tensor.name] = [source, float(str(params.scale)), params.zero_point, *(limits if beyond else ())]
     return table
+
+
+def _counterparts(state: CompileState, tensors: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The counterparts of the tensors that are there, or that integers stand for."""
+    names = {t.name for t in ir.tensors(state.graph)} | {entry[0] for entry in tensors.values()}
+    found = {name: c for name, c in state.counterparts.items() if name in names}
+    return {name: [c.source, c.factor.tolist(), c.offset.tolist()] for name, c in found.items()}
 
 
 def check(model: onnx.ModelProto, source: onnx.ModelProto) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Constant, Graph, Node, Tensor, Variable
 from qcompiler.ops import op_key
-from qcompiler.state import CompileState, Refusal
+from qcompiler.state import CompileState, Counterpart, Refusal
 
 __all__ = ["Refusal", "Rewriter", "Rule", "apply_rules"]
 
@@ -105,6 +105,24 @@ class Rewriter:
         fresh = self.variable(f"{tensor.name}_raw", tensor.dtype, tensor.shape)
         ir.take_output(maker, next(i for i, t in enumerate(maker.outputs) if t is tensor), fresh)
         return fresh
+
+    def change_values(self, tensor: Tensor, factor: ArrayLike = 1.0, offset: ArrayLike = 0.0) -> None:
+        """Give a tensor whose values become factor * values + offset another name: those of the float model stand for its values.
+
+        The tensor must be neither an input nor an output of a graph. factor, offset: shapes that broadcast against it.
+        """
+        known, old = tensor.name in self.state.counterparts, tensor.name
+        was = self.state.counterparts.pop(old, None) or Counterpart(old, np.ones(()), np.zeros(()))
+        scale, shift = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
+        tensor.name = self.fresh_tensor_name(f"{old}_scaled")
+        if not known or scale.size == shift.size == 1:  # that of a known one may have another shape
+            now = Counterpart(was.source, was.factor * scale, was.offset * scale + shift)
+            self.state.counterparts[tensor.name] = now
+
+    def same_values(self, tensor: Tensor, source: Tensor) -> None:
+        """Note that `tensor` has the values of `source` in another shape, in the same order."""
+        known = self.state.counterparts.get(source.name)
+        self.state.counterparts[tensor.name] = known or Counterpart(source.name, np.ones(()), np.zeros(()))
 
     def replace_uses(self, old: Tensor, new: Tensor, among: Iterable[Node] | None = None) -> None:
         """Let the consumers of `old` (or those `among` them) read `new`. Graph outputs are not touched."""

@@ -23,7 +23,7 @@ from qcompiler.load import read_model
 from qcompiler.pipeline import closest
 from qcompiler.plugin import Registry
 from qcompiler.quant import QuantParams, QuantSpec
-from qcompiler.state import Block, CompileState, Phase
+from qcompiler.state import Block, CompileState, Counterpart, Phase
 
 FORMAT = 1
 
@@ -138,6 +138,9 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "notes": state.notes,
         "corrected": sorted(state.corrected),
         "origin": state.origin,
+        "counterparts": {
+            name: [c.source, c.factor.tolist(), c.offset.tolist()] for name, c in state.counterparts.items()
+        },
         "blocks": {name: _block_to_json(block) for name, block in state.blocks.items()},
         "specs": {name: asdict(spec) for name, spec in state.specs.items()},
         "ties": state.ties,
@@ -193,6 +196,7 @@ def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> Comp
         params={tensor: _params(params) for tensor, params in data["params"].items()},
         tables={node: base64.b64decode(table, validate=True) for node, table in data["tables"].items()},
         origin={node: tuple(layers) for node, layers in data["origin"].items()},
+        counterparts={tensor: _counterpart(*entry) for tensor, entry in data["counterparts"].items()},
         corrected=set(data["corrected"]),
         keep_float=tuple(data["keep_float"]),
         collectors=registry.collectors,
@@ -206,6 +210,10 @@ def _block(data: Mapping[str, Any]) -> Block:
     high = math.inf if data["high"] is None else data["high"]
     lists = {key: tuple(data[key]) for key in ("nodes", "outputs")}
     return Block(**{**data, **lists, "low": low, "high": high})
+
+
+def _counterpart(source: str, factor: Any, offset: Any) -> Counterpart:
+    return Counterpart(source, np.asarray(factor, np.float64), np.asarray(offset, np.float64))
 
 
 def _params(data: Mapping[str, Any]) -> QuantParams:

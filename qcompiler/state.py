@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -51,6 +51,17 @@ class Block:
     reason: str = ""
 
 
+class Counterpart(NamedTuple):
+    """What a tensor is to one of the float model: `factor` * `source` + `offset`, perhaps in another shape.
+
+    factor, offset: float64, of shapes that broadcast against the source.
+    """
+
+    source: str
+    factor: NDArray[Any]
+    offset: NDArray[Any]
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a pass left a node as it is; `culprit` names the node or tensor in the way."""
@@ -66,10 +77,11 @@ class CompileState:
     `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
     shares; after insert-qdq also integer tensor -> the float tensor that it stands for. `params`: tensor -> what it got
     (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table node -> the float model that filled it.
-    `origin`: node -> the float layers that it came from. `corrected`: layers whose bias holds a correction. `refusals`: node
-    -> why the pass that runs, or ran last, left it as it is. `keep_float`: patterns of node and output names that the user
-    keeps in float. `calibration`: the samples; `collectors`: the known ways to measure ranges, by name; `progress`: called
-    with the number of samples done and in all.
+    `origin`: node -> the float layers that it came from. `counterparts`: tensor -> what it is to one of the float model; one
+    that is not there is the tensor of that name. `corrected`: layers whose bias holds a correction. `refusals`: node -> why the
+    pass that runs, or ran last, left it as it is. `keep_float`: patterns of node and output names that the user keeps in float.
+    `calibration`: the samples; `collectors`: the known ways to measure ranges, by name; `progress`: called with the number of
+    samples done and in all.
     """
 
     graph: Graph
@@ -82,6 +94,7 @@ class CompileState:
     params: dict[str, QuantParams] = field(default_factory=dict)
     tables: dict[str, bytes] = field(default_factory=dict)
     origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    counterparts: dict[str, Counterpart] = field(default_factory=dict)
     corrected: set[str] = field(default_factory=set)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     keep_float: tuple[str, ...] = ()

@@ -178,6 +178,29 @@ def test_float_layers_between_integers_are_compared() -> None:
     assert all(r.local.sqnr is None or r.local.sqnr > 25 for r in result.layers)
 
 
+def test_rows_and_scaled_tensors_are_compared() -> None:
+    text = """g (float[2,4,6] x) => (float[2,2,4,4] y) {
+        n = Tanh(x)
+        p = MatMul(n, w)
+        s = Add(p, row)
+        r = Reshape(s, heads)
+        t = Transpose<perm=[0,2,1,3]>(r)
+        k = Div(t, four)
+        u = Transpose<perm=[0,1,3,2]>(k)
+        y = MatMul(k, u)
+    }"""
+    rng = np.random.default_rng(2)
+    arrays = {"w": rng.standard_normal((6, 6)), "row": rng.standard_normal(6), "four": np.array(4)}
+    floats = {name: array.astype(np.float32) for name, array in arrays.items()}
+    model = model_from_text(text, {**floats, "heads": np.array([2, 4, 2, 3])})
+    result = compare(model, compiled(model), [random_feeds(model, 9)])
+    assert result.skipped == {}
+    rows = {r.tensor: r for r in result.layers}
+    assert rows["n"].op == "quantize"
+    assert rows["r"].op == "MatMul"
+    assert all(r.local.sqnr is not None and r.local.sqnr > 30 for r in result.layers)
+
+
 def test_another_float_model_is_refused(digits: Path) -> None:
     with pytest.raises(UserError, match="not made from this float model"):
         compare(small(), load_compiled(digits), [])
@@ -197,7 +220,7 @@ def test_models_of_other_makers_and_broken_files_are_refused(tmp_path: Path) -> 
     broken.write_bytes(b"\xff\xff\xff")
     with pytest.raises(UserError, match=r"x\.onnx"):
         load_compiled(broken)
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such model file"):
         load_compiled(tmp_path / "none.onnx")
 
 

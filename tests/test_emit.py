@@ -11,7 +11,7 @@ import pytest
 
 from qcompiler import __version__, emit
 from qcompiler.errors import UserError
-from qcompiler.state import CompileState, Phase
+from qcompiler.state import CompileState, Counterpart, Phase
 from tests.support import model_from_text, run, state_of
 
 TEXT = "g (float[2,3] x) => (float[2,3] y) { t = Add(x, w) y = Relu(t) }"
@@ -33,6 +33,7 @@ def test_the_model_says_what_made_it() -> None:
     made = state()
     made.metadata = {"character": "abc", "qcompiler.version": "stale"}
     made.origin = {"n1": ("conv", "bn"), "n0": ("n0",), "gone": ("x",)}
+    made.counterparts = {name: Counterpart("a", np.array(2.0), np.array([0, 1.5])) for name in ("x", "gone")}
     props = {p.key: p.value for p in emit.to_model(made, {"pipeline": "cleanup", "calibration": "f00"}).metadata_props}
     assert props == {
         "character": "abc",
@@ -43,6 +44,7 @@ def test_the_model_says_what_made_it() -> None:
         "qcompiler.calibration": "f00",
         "qcompiler.provenance": '{"n1":["conv","bn"]}',
         "qcompiler.tensors": "{}",
+        "qcompiler.counterparts": '{"x":["a",2.0,[0.0,1.5]]}',
     }
     assert json.loads(props["qcompiler.provenance"]) == {"n1": ["conv", "bn"]}
 

@@ -237,3 +237,25 @@ def test_a_constant_with_thousands_of_readers_is_replaced_in_linear_time() -> No
     rewriter.replace_uses(old, rewriter.constant("two", np.float32([2])))
     assert time.perf_counter() - start < 2
     assert len(old.outputs) == 0
+
+
+def test_a_tensor_whose_values_change_loses_its_name() -> None:
+    rewriter = rewriter_of("g (float[2] x) => (float[2] y) { a = Abs(x) y = Neg(a) }")
+    tensor = node_of(rewriter, "Abs").outputs[0]
+    rewriter.change_values(tensor, factor=[2, 3], offset=1)
+    assert tensor.name == "a_scaled"
+    rewriter.change_values(tensor, factor=10)
+    [(name, found)] = rewriter.state.counterparts.items()
+    assert (name, found.source) == (tensor.name, "a")
+    assert found.factor.tolist() == [20, 30]
+    assert found.offset.tolist() == [10, 10]
+
+
+def test_an_array_over_another_shape_is_not_recorded() -> None:
+    rewriter = rewriter_of("g (float[2,3] x) => (float[6] y) { a = Abs(x) b = Flatten(a) y = Neg(b) }")
+    a, b = (node_of(rewriter, op).outputs[0] for op in ("Abs", "Flatten"))
+    rewriter.same_values(b, a)
+    assert rewriter.state.counterparts["b"].source == "a"
+    rewriter.change_values(b, factor=np.arange(6))
+    assert rewriter.state.counterparts == {}
+    assert b.name == "b_scaled"

@@ -19,7 +19,7 @@ from qcompiler.pipeline import Pipeline
 from qcompiler.plugin import load_registry
 from qcompiler.quant import QuantParams, QuantSpec
 from qcompiler.snapshot import Data, Recipe
-from qcompiler.state import Block, CompileState, Phase
+from qcompiler.state import Block, CompileState, Counterpart, Phase
 from tests.support import model_from_text
 from tests.test_compile import net, samples
 
@@ -49,6 +49,7 @@ def odd_state() -> CompileState:
         },
         tables={"table": bytes(range(256))},
         origin={"n": ("first", "second")},
+        counterparts={"s": Counterpart("t", np.array([[1 / 3], [2]]), np.zeros(()))},
         corrected={"c", "b", "a"},
         keep_float=("*head*",),
         metadata={"author": "né"},
@@ -64,6 +65,8 @@ def facts(value: Any) -> Any:
         return repr(value)  # 6 is not 6.0
     if isinstance(value, QuantParams):
         return value.spec, value.scale.dtype, value.scale.shape, value.scale.tobytes(), value.zero_point
+    if isinstance(value, Counterpart):
+        return value.source, value.factor.tolist(), value.offset.tolist()
     return value
 
 

@@ -56,11 +56,12 @@ _HOMOGENEOUS = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePoo
 
 def _hoist(rewriter: Rewriter, chain: Affine) -> Refusal | None:
     """Fold the positive scales of a chain into the operator before the activations and pools that it follows."""
-    tensor, producer = chain.source, ir.producer(chain.source)
+    between, tensor, producer = [chain.source], chain.source, ir.producer(chain.source)
     while producer is not None and op_key(producer.op, producer.domain) in _HOMOGENEOUS and len(producer.outputs) == 1:
         if rewriter.only_user(tensor) is None:
             return Refusal(f"the result of {producer.op} is also read elsewhere", tensor.name)
         tensor, producer = producer.inputs[0], ir.producer(producer.inputs[0])
+        between.append(tensor)
     linear = Refusal("no weights come before it") if producer is None else read(producer)
     if tensor is chain.source or isinstance(linear, Refusal) or rewriter.only_user(tensor) is None:
         return Refusal("no weights and activation of its own come before it", chain.source.name)
@@ -71,6 +72,8 @@ def _hoist(rewriter: Rewriter, chain: Affine) -> Refusal | None:
     refusal = write(rewriter, [linear.then(np.where(scale > 0, scale, 1.0), np.zeros_like(scale))])
     if refusal is None:
         rewriter.adopt(linear.node, *chain.nodes)
+        for each in between:
+            rewriter.change_values(each, np.where(chain.scale > 0, chain.scale, 1.0))
         _write_rest(rewriter, chain, np.where(chain.scale > 0, 1.0, chain.scale))
     return refusal
 

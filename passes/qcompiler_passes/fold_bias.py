@@ -97,7 +97,7 @@ def _hoist(rewriter: Rewriter, step: Affine) -> Refusal | None:
     node, source = step.nodes[0], step.source
     if not step.is_uniform or not step.keeps_shape:
         return Refusal("the constant is not one number", node.name)
-    movers: list[Node] = []
+    movers: list[Node] = []  # the last first
     while rewriter.only_user(source) is not None:
         mover = ir.producer(source)
         if mover is None or op_key(mover.op, mover.domain) not in _MOVERS:
@@ -111,6 +111,8 @@ def _hoist(rewriter: Rewriter, step: Affine) -> Refusal | None:
     inputs = [constant if ir.is_constant(t) else source for t in node.inputs]
     early = rewriter.node(node.op, inputs, [rewriter.variable(source.name, source.dtype, source.shape)], origin=node)
     rewriter.set_input(movers[-1], 0, early.outputs[0])
+    for mover in movers[1:]:
+        rewriter.change_values(mover.outputs[0], step.scale.reshape(()), step.shift.reshape(()))
     rewriter.take_output(movers[0], step.result)
     rewriter.remove(node)
     return None
