@@ -24,6 +24,10 @@ Examples:
 """
 
 
+DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks of errors.")
+"""An option of every command."""
+
+
 class LazyGroup(click.Group):
     """A group that loads a command when it is asked for, and takes `compile` for granted."""
 
@@ -38,6 +42,8 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"qcompiler.commands.{cmd_name.replace('-', '_')}")
         command = module.command
         assert isinstance(command, click.Command)
+        if not any(parameter.name == DEBUG.name for parameter in command.params):
+            command.params.append(DEBUG)
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ import onnx
 import pytest
 
 from qcompiler import __version__, cli
+from qcompiler.commands import COMMANDS
 from tests.support import ops_of, run
 from tests.test_compile import net, samples
 from tests.test_plugin import my_pass
@@ -338,3 +339,13 @@ def test_a_reader_that_goes_away_does_no_harm(folder: Path) -> None:
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
     assert (folder / "net.int8.onnx").is_file()
+
+
+def test_every_command_can_show_tracebacks(qcompile: Run) -> None:
+    for name in COMMANDS:
+        assert "--debug" in qcompile(name, "--help")[1], name
+    for arguments in (("diff", "none.onnx", "none.onnx"), ("passes", "none")):
+        code, _, err = qcompile(*arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        code, _, err = qcompile(*arguments, "--debug")
+        assert (code, err.count("Traceback")) == (2, 1)

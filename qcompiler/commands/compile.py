@@ -57,7 +57,6 @@ Examples:
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="List every layer that stays float, and the kernels.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
 def command(
     model: Path,
     output: Path | None,
@@ -69,7 +68,6 @@ def command(
     as_json: bool,
     quiet: bool,
     verbose: bool,
-    debug: bool,
     dump: Path | None,
     dump_changed: bool,
     repro: Path | None,

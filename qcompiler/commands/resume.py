@@ -30,7 +30,6 @@ Examples:
 @click.option("--dump", type=PATH, metavar="DIR", help="Write the state after every pass that is left.")
 @click.option("--no-verify", is_flag=True, help="Do not check the invariants after every pass.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
 def command(
     snapshot: Path,
     output: Path | None,
@@ -39,7 +38,6 @@ def command(
     dump: Path | None,
     no_verify: bool,
     quiet: bool,
-    debug: bool,
     **options: Any,
 ) -> None:
     """Compile on from SNAPSHOT, a NN-pass.onnx that --dump wrote, with the passes that were left."""
