@@ -182,7 +182,8 @@ def snap_weight_scale(wanted: ArrayLike, s_x: float, s_y: float) -> F32:
     """
     wanted = np.atleast_1d(np.asarray(wanted, np.float64))
     m = np.maximum(np.ceil(wanted * s_x / s_y * 2.0**SHIFT * (1 - 2.0**-21)), 1)
-    return scale_for_multiplier(m, s_x, s_y)
+    distinct, positions = np.unique(m, return_inverse=True)
+    return scale_for_multiplier(distinct, s_x, s_y)[positions].reshape(m.shape)
 
 
 def scale_for_multiplier(m: ArrayLike, s_x: float, s_y: float) -> F32:

@@ -17,6 +17,9 @@ from qcompiler.state import CompileState, Phase
 _BUDGET = 3_000_000
 """Weights looked at per tensor: small ones, whose few values gain most from a good scale, get more candidates."""
 
+_CACHED = 65536
+"""About how many rounded weights are looked at together, so that they stay in the cache."""
+
 
 @dataclass(frozen=True)
 class ScaleWeights:
@@ -67,17 +70,11 @@ class ScaleWeights:
 def _best_scale(rows: F32, spec: QuantSpec, s_x: float, s_y: float | None, search: bool) -> F32:
     """Scales, shape (channels,), of weights in rows, shape (channels, weights per channel)."""
     largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny * 2.0**40)
-    full = _snapped(largest / spec.qmax, s_x, s_y)
-    if not search:
-        return full
-    candidates = int(np.clip(_BUDGET // max(rows.size, 1), 6, 80))
-    best, least = full, _error(rows, full, spec)
-    for fraction in np.linspace(1.2, 0.7, candidates):
-        scale = _snapped(largest / spec.qmax * fraction, s_x, s_y)
-        error = _error(rows, scale, spec)
-        better = error < least
-        best, least = np.where(better, scale, best), np.where(better, error, least)
-    return np.asarray(best, np.float32)
+    candidates = int(np.clip(_BUDGET // max(rows.size, 1), 6, 80)) if search else 0
+    fractions = np.append(1.0, np.linspace(1.2, 0.7, candidates))
+    scales = _snapped(largest / spec.qmax * fractions[:, None], s_x, s_y)
+    best = _errors(rows, scales, spec).argmin(axis=0) if search else np.zeros(len(rows), np.int64)
+    return scales[best, np.arange(len(rows))]
 
 
 def _snapped(wanted: NDArray[np.floating], s_x: float, s_y: float | None) -> F32:
@@ -86,11 +83,20 @@ def _snapped(wanted: NDArray[np.floating], s_x: float, s_y: float | None) -> F32
     return quant.snap_weight_scale(wanted, s_x, s_y)
 
 
-def _error(rows: F32, scale: F32, spec: QuantSpec) -> F32:
-    """The sum of squared errors per channel."""
-    step = scale[:, None]
-    back = np.clip(np.rint(rows / step), spec.qmin, spec.qmax) * step
-    return np.asarray(np.square(rows - back).sum(axis=1), np.float32)
+def _errors(rows: F32, scales: F32, spec: QuantSpec) -> F32:
+    """The sum of squared errors under each of the scales, both of shape (candidates, channels)."""
+    errors = np.empty_like(scales)
+    block = max(1, _CACHED // (len(scales) * rows.shape[1]))
+    for start in range(0, len(rows), block):
+        some = slice(start, start + block)
+        step = scales[:, some, None]
+        back = rows[some] / step
+        np.rint(back, out=back)
+        np.clip(back, spec.qmin, spec.qmax, out=back)
+        back *= step
+        back -= rows[some]
+        errors[:, some] = np.square(back, out=back).sum(axis=2)
+    return errors
 
 
 def _room_for_bias(scale: F32, bias: NDArray[np.float64], s_x: float, s_y: float | None) -> F32:
