@@ -74,7 +74,7 @@ def _best_scale(rows: F32, spec: QuantSpec, s_x: float, s_y: float | None, searc
     fractions = np.append(1.0, np.linspace(1.2, 0.7, candidates))
     scales = _snapped(largest / spec.qmax * fractions[:, None], s_x, s_y)
     best = _errors(rows, scales, spec).argmin(axis=0) if search else np.zeros(len(rows), np.int64)
-    return scales[best, np.arange(len(rows))]
+    return np.asarray(scales[best, np.arange(len(rows))], np.float32)
 
 
 def _snapped(wanted: NDArray[np.floating], s_x: float, s_y: float | None) -> F32:
