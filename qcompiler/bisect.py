@@ -17,6 +17,7 @@ from qcompiler.ir import Graph, Node
 from qcompiler.pipeline import Pass, PassError, Pipeline
 from qcompiler.predicate import Fails
 from qcompiler.state import CompileState, Phase
+from qcompiler.text import format_graph
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _effect(stage: Pass, before: CompileState, rewrite: int | None) -> tuple[lis
 
 def _lines(graph: Graph) -> dict[str, tuple[str, Node]]:
     """The text of each node, and the node, by name."""
-    lines = ir.text(graph).splitlines()[1:-1]
+    lines = format_graph(graph).splitlines()[1:-1]
     return {node.name: (line, node) for node, line in zip(graph.nodes, lines, strict=True)}
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qcompiler import ir
 from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.ops import op_key
+from qcompiler.text import digest
 
 Array = NDArray[Any]
 
@@ -202,7 +203,7 @@ def _attribute(value: Any) -> str:
     if isinstance(value, Graph):
         return f"graph of {len(value.nodes)} nodes"  # they are compared one by one
     known = ir.value(value) if isinstance(value, Tensor) else None
-    return f"{_values(known)}  #{ir.digest(known)[:6]}" if known is not None else str(value)
+    return f"{_values(known)}  #{digest(known)[:6]}" if known is not None else str(value)
 
 
 def _text(node: Node) -> str:
@@ -233,7 +234,7 @@ def _constant_changes(
     for name, old in a.items():
         if name not in partner:
             yield ConstantChange(name, None, _values(old), None)
-        elif ir.digest(old) != ir.digest(new := b[partner[name]]):
+        elif digest(old) != digest(new := b[partner[name]]):
             renamed = None if partner[name] == name else partner[name]
             yield ConstantChange(name, renamed, _values(old), _values(new), *_distance(old, new))
         elif partner[name] != name:

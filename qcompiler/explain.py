@@ -20,6 +20,7 @@ from qcompiler.instrument import Watcher
 from qcompiler.ops import Role, op_key
 from qcompiler.pipeline import Pass
 from qcompiler.state import Block, CompileState, Phase
+from qcompiler.text import format_graph
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _views(state: CompileState) -> list[NodeView]:
             state.origin.get(node.name, (node.name,)),
         )
         for graph in ir.all_graphs(state.graph)
-        for node, line in zip(graph.nodes, ir.text(graph).splitlines()[1:-1], strict=True)
+        for node, line in zip(graph.nodes, format_graph(graph).splitlines()[1:-1], strict=True)
     ]
 
 

@@ -24,6 +24,7 @@ from qcompiler.pipeline import closest
 from qcompiler.plugin import Registry
 from qcompiler.quant import QuantParams, QuantSpec
 from qcompiler.state import Block, CompileState, Counterpart, Phase
+from qcompiler.text import format_graph
 
 FORMAT = 1
 
@@ -68,7 +69,7 @@ def write(state: CompileState, recipe: Recipe, done: int, stem: Path) -> None:
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         emit.write(emit.to_model(state, {}), _with_suffix(stem, ".onnx"))
-        _with_suffix(stem, ".txt").write_text(ir.text(state.graph), encoding="utf-8")
+        _with_suffix(stem, ".txt").write_text(format_graph(state.graph), encoding="utf-8")
         _with_suffix(stem, ".json").write_text(_pretty(_to_json(state, recipe, done)), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the dump: {error.strerror}", str(stem)) from error

@@ -18,6 +18,7 @@ from qcompiler.pipeline import Pipeline
 from qcompiler.predicate import Expression, Inaccurate
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState, Phase
+from qcompiler.text import format_graph
 from tests.support import model_from_text, random_feeds
 
 LAYERS = 6
@@ -96,9 +97,9 @@ def test_a_planted_wrong_rewrite_is_named(tmp_path: Path) -> None:
 
 def test_the_job_is_not_changed(tmp_path: Path) -> None:
     work = job(tmp_path)
-    before = ir.text(work.state.graph)
+    before = format_graph(work.state.graph)
     assert find(work) == find(work)
-    assert ir.text(work.state.graph) == before
+    assert format_graph(work.state.graph) == before
     assert work.state.rewrite_limit is None
 
 

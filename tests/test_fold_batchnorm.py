@@ -9,8 +9,8 @@ from qcompiler_passes import fold_batchnorm
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
 from qcompiler_passes.normalize_gemm import NormalizeGemm
 
-from qcompiler import ir
 from qcompiler.rewrite import Refusal, Rewriter
+from qcompiler.text import format_graph
 from tests.support import assert_same_function, model_from_text, ops_of, run_passes, state_of
 
 RNG = np.random.default_rng(7)
@@ -49,9 +49,9 @@ def refusal(
     apply = fold_batchnorm.apply_rules
     monkeypatch.setattr(fold_batchnorm, "apply_rules", lambda rw, rules: (seen.append(rw), apply(rw, rules))[1])
     state = state_of(model_from_text(text, constants, opset))
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert FoldBatchnorm().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
     (found,) = seen[0].refusals.values()
     assert found.culprit
     return found

@@ -9,8 +9,8 @@ import pytest
 from qcompiler_passes import fold_bias
 from qcompiler_passes.fold_bias import FoldBias
 
-from qcompiler import ir
 from qcompiler.rewrite import Rewriter
+from qcompiler.text import format_graph
 from tests.support import TEST_TARGET, assert_same_function, model_from_text, ops_of, run_passes, state_of
 
 RNG = np.random.default_rng(11)
@@ -234,9 +234,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, body: str, reason: str, culpr
     apply = fold_bias.apply_rules
     monkeypatch.setattr(fold_bias, "apply_rules", lambda rw, rules: (seen.append(rw), apply(rw, rules))[1])
     state = state_of(model_from_text(image(body), CONSTANTS))
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert FoldBias().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
     found = next(r for r in seen[0].refusals.values() if reason in r.reason)
     assert found.culprit
     assert culprit in ("", found.culprit)

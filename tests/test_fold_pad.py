@@ -10,6 +10,7 @@ from qcompiler_passes.fold_pad import FoldPad
 
 from qcompiler import ir
 from qcompiler.rewrite import Rewriter
+from qcompiler.text import format_graph
 from tests.support import assert_same_function, model_from_text, ops_of, run_passes, state_of
 
 RNG = np.random.default_rng(5)
@@ -124,8 +125,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, body: str, reason: str) -> No
     monkeypatch.setattr(fold_pad, "apply_rules", lambda rw, rules: (seen.append(rw), apply(rw, rules))[1])
     state = state_of(model_from_text(f"g ({IMAGE} x) => (float[1,3,h,v] y) {{\n{body}\n}}", CONSTANTS))
     ir.drop_dead_nodes(state.graph)
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert FoldPad().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
     found = next(r for r in seen[0].refusals.values() if reason in r.reason)
     assert found.culprit

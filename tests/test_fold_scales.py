@@ -14,6 +14,7 @@ from qcompiler import ir, quant
 from qcompiler.quant import dequantize, params_from_range, quantize
 from qcompiler.runtime import run, session
 from qcompiler.state import CompileState
+from qcompiler.text import format_graph
 from tests.forms import TO_INTEGER, TO_QDQ, advance, compiled, graph_text, ops_between, weights
 
 CONSTANTS = {
@@ -171,9 +172,9 @@ def test_no_float_is_left_inside() -> None:
 )
 def test_a_second_run_returns_zero(body: str) -> None:
     state = integer(body)
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert FoldScales().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
 
 
 def test_scales_that_are_not_dyadic_are_refused() -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 from qcompiler_passes.form_blocks import FormBlocks
 
-from qcompiler import ir
 from qcompiler.state import CompileState
+from qcompiler.text import format_graph
 from tests.forms import compiled, graph_text, weights
 
 
@@ -91,9 +91,9 @@ def test_functions_in_a_row_are_one_block(body: str) -> None:
 
 def test_the_graph_does_not_change_and_a_second_run_finds_nothing() -> None:
     state = blocks_of("a = Conv(x, w) y = Relu(a)")
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert FormBlocks().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
     assert before.splitlines()[2] == "y = Relu(a)"
 
 

@@ -15,6 +15,7 @@ from qcompiler import ir
 from qcompiler.pipeline import Pass, Pipeline, parse_pipeline
 from qcompiler.plugin import load_registry
 from qcompiler.state import CompileState
+from qcompiler.text import format_graph
 from qcompiler.verify import verify
 from tests.support import model_from_text
 
@@ -359,7 +360,7 @@ def test_golden(name: str) -> None:
     before.run(state)
     Pipeline((stage,)).run(state)
     verify(state)
-    text = re.sub(r"#[0-9a-f]{6}", "", ir.text(state.graph)) + "".join(f"{line}\n" for line in golden.show(state))
+    text = re.sub(r"#[0-9a-f]{6}", "", format_graph(state.graph)) + "".join(f"{line}\n" for line in golden.show(state))
     assert text == dedent(golden.expected).lstrip("\n")
     assert stage.run(state) == 0
 

@@ -10,6 +10,7 @@ from qcompiler import ir
 from qcompiler.quant import QuantSpec, params_from_range
 from qcompiler.runtime import run, session
 from qcompiler.state import CompileState
+from qcompiler.text import format_graph
 from tests.forms import TO_QDQ, all_forms, assert_bit_identical, compiled, graph_text, weights
 from tests.support import random_feeds
 
@@ -162,6 +163,6 @@ def test_models_end_where_they_ended(body: str, outputs: str) -> None:
 
 def test_a_second_run_returns_zero() -> None:
     state = quantized("a = Conv(x, w) y = Relu(a)")
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert InsertQdq().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before

@@ -1,4 +1,4 @@
-"""The graph helpers: import and export, order, links, captures, text."""
+"""The graph helpers: import and export, order, links, captures."""
 
 from __future__ import annotations
 
@@ -207,27 +207,6 @@ def test_type_name() -> None:
     names = [ir.type_name(Variable("t", t)) for t in (None, np.float32, np.dtype(bool), onnx.TensorProto.BFLOAT16)]
     assert names == ["?", "float32", "bool", "bfloat16"]
     assert ir.type_name(Variable("t", onnx.TypeProto(), type="optional_type")) == "?"
-
-
-def test_text() -> None:
-    model = model_from_text(
-        "g (float[N,4] x) => (float[N,2] y) { t = Clip(x, , high) y = Gemm<alpha = 0.5>(t, w) }",
-        {"high": np.float32(6), "w": np.zeros((4, 2), np.float32)},
-    )
-    digest = ir.digest(np.zeros((4, 2), np.float32))[:6]
-    assert ir.text(ir.from_proto(model)) == (
-        "inputs: x:float32[N,4]\n"
-        "t = Clip(x, _, 6)\n"
-        f"y = Gemm{{alpha=0.5}}(t, float32[4,2]#{digest})\n"
-        "outputs: y:float32[N,2]\n"
-    )
-
-
-def test_digest_depends_on_type_shape_and_content() -> None:
-    base = np.arange(6, dtype=np.float32)
-    others = [base.astype(np.int32), base.reshape(2, 3), base[::-1]]
-    assert len({ir.digest(a) for a in (base, *others)}) == 4
-    assert ir.digest(base.reshape(2, 3)[:, ::-1]) == ir.digest(np.ascontiguousarray(base.reshape(2, 3)[:, ::-1]))
 
 
 def test_round_trip_runs_the_same() -> None:

@@ -9,6 +9,7 @@ from qcompiler_passes.targets import INTEGER
 
 from qcompiler import ir
 from qcompiler.state import CompileState
+from qcompiler.text import format_graph
 from tests.forms import TO_QDQ, all_forms, assert_bit_identical, compiled, graph_text, inferred, weights
 
 CONSTANTS = {
@@ -29,7 +30,7 @@ def lowered(body: str, outputs: str = "float[] y") -> CompileState:
 
 
 def line(state: CompileState, op: str) -> str:
-    return next(text for text in ir.text(state.graph).splitlines() if f" = {op}" in text)
+    return next(text for text in format_graph(state.graph).splitlines() if f" = {op}" in text)
 
 
 def test_conv() -> None:
@@ -68,7 +69,7 @@ def test_movers_run_on_integers(mover: str, text: str) -> None:
         f"g (float[1,4,4,4] x) => (float[] y) {{ c = Conv(x, w) {mover} y = Conv(m, w) }}", w=CONSTANTS["w"]
     )
     state = compiled(model, *TO_QDQ, LowerInteger())
-    assert text in ir.text(state.graph)
+    assert text in format_graph(state.graph)
     assert state.params["m_raw_q"].same_as(state.params["c_raw_q"])
 
 
@@ -96,9 +97,9 @@ def test_float_blocks_stay_as_they_are() -> None:
 
 def test_a_second_run_returns_zero() -> None:
     state = lowered("c = Conv(x, w, b) p = Pad(c, pads) y = Conv(p, w)")
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert LowerInteger().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
 
 
 def test_the_limit_of_bisection_lowers_only_so_many() -> None:

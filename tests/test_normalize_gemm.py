@@ -8,8 +8,8 @@ import pytest
 from qcompiler_passes import normalize_gemm
 from qcompiler_passes.normalize_gemm import NormalizeGemm
 
-from qcompiler import ir
 from qcompiler.rewrite import Rewriter
+from qcompiler.text import format_graph
 from tests.support import assert_same_function, model_from_text, ops_of, run_passes, state_of
 
 RNG = np.random.default_rng(3)
@@ -120,8 +120,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, signature: str, body: str, re
     apply = normalize_gemm.apply_rules
     monkeypatch.setattr(normalize_gemm, "apply_rules", lambda rw, rules: (seen.append(rw), apply(rw, rules))[1])
     state = state_of(model_from_text(f"g ({signature}) => (float[5,6] y) {{\n{body}\n}}", CONSTANTS))
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert NormalizeGemm().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
     found = list(seen[0].refusals.values())
     assert any(reason in r.reason and r.culprit for r in found), found

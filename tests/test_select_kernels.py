@@ -9,9 +9,9 @@ import pytest
 from qcompiler_passes.select_kernels import SelectKernels
 from qcompiler_passes.targets import INTEGER, ORT_CPU
 
-from qcompiler import ir
 from qcompiler.state import CompileState
 from qcompiler.target import Target
+from qcompiler.text import format_graph
 from tests.forms import TO_INTEGER, TO_KERNELS, all_forms, assert_bit_identical, compiled, graph_text, weights
 
 CONSTANTS = {
@@ -42,7 +42,7 @@ def ops(state: CompileState) -> list[str]:
 
 def test_a_small_net_line_by_line() -> None:
     state = kernels("a = Conv<strides=[2,2]>(x, w, bias) r = Relu(a) f = Flatten(r) y = MatMul(f, wm)")
-    text = ir.text(state.graph).splitlines()
+    text = format_graph(state.graph).splitlines()
     s_x, s_r = (f"{float(state.params[n].scale):g}" for n in ("x", "r"))
     zero = state.params["x"].zero_point
     assert text[0] == "inputs: x:float32[1,4,2,2]"
@@ -117,9 +117,9 @@ def test_functions_without_a_kernel_run_in_float_between_dq_and_q() -> None:
 def test_the_integer_target_keeps_the_integer_form() -> None:
     body = "a = Conv(x, w) t = HardSwish(a) s = Add(a, t) y = Conv(s, w)"
     state = compiled(model_of(body), *TO_INTEGER, target=INTEGER)
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert SelectKernels().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
 
 
 def test_a_target_without_one_kernel_keeps_that_operator_integer() -> None:
@@ -141,9 +141,9 @@ def test_layers_know_where_they_came_from() -> None:
 
 def test_a_second_run_returns_zero() -> None:
     state = kernels("a = Conv(x, w) t = Tanh(a) s = Add(a, t) y = Conv(s, w)")
-    before = ir.text(state.graph)
+    before = format_graph(state.graph)
     assert SelectKernels().run(state) == 0
-    assert ir.text(state.graph) == before
+    assert format_graph(state.graph) == before
 
 
 def test_the_limit_of_bisection_selects_only_so_many() -> None:
