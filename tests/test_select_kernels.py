@@ -114,6 +114,13 @@ def test_functions_without_a_kernel_run_in_float_between_dq_and_q() -> None:
     ]  # fmt: skip
 
 
+def test_tensors_around_a_float_function_keep_type_and_shape() -> None:
+    state = kernels("a = Conv(x, w) t = HardSwish(a) y = Conv(t, w)")
+    facts = {t.name: (ir.type_name(t), ir.shape(t)) for t in ir.tensors(state.graph) if not ir.is_constant(t)}
+    assert all(kind != "?" and shape for kind, shape in facts.values())
+    assert {t.name: (ir.type_name(t), ir.shape(t)) for t in ir.tensors(state.clone().graph) if t.name in facts} == facts
+
+
 def test_the_integer_target_keeps_the_integer_form() -> None:
     body = "a = Conv(x, w) t = HardSwish(a) s = Add(a, t) y = Conv(s, w)"
     state = compiled(model_of(body), *TO_INTEGER, target=INTEGER)

@@ -153,8 +153,8 @@ class _Selector:
             made = self.rewriter.node(
                 step.op, inputs, origin=node, hint=step.name, domain=step.domain or "", **step.attrs
             )
-            tensors[step.outputs[0].name] = made.outputs[0]
-            made.outputs[0].shape = node.outputs[0].shape
+            result = tensors[step.outputs[0].name] = made.outputs[0]
+            result.dtype, result.shape = step.outputs[0].dtype, node.outputs[0].shape
         self.rewriter.take_output(made, node.outputs[0])
         self.rewriter.remove(node)
 
