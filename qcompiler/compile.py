@@ -146,11 +146,13 @@ def compile_model(
     watchers: list[Instrument] = [timing, *instruments, operators]
     watchers += [Dump(Path(dump), job.recipe, dump_changed)] if dump is not None else []
     watchers += [Verify()] if verify else []
+    reproducer = None
     if reproduce is not None:
         passes = job.pipeline.passes
-        watchers.append(Reproducer(Path(reproduce), job.recipe, passes, lambda: prepare(model, calib, choices).state))
+        reproducer = Reproducer(Path(reproduce), job.recipe, passes, lambda: prepare(model, calib, choices).state)
+        watchers.append(reproducer)
     job.pipeline.run(job.state, watchers)
-    compiled = finish(job)
+    compiled = finish(job, reproducer)
     report = Report(
         source=job.recipe.model,
         path=None if target_path is None else str(target_path),
@@ -171,14 +173,26 @@ def compile_model(
     return CompileResult(compiled, report, target_path)
 
 
-def finish(job: Job) -> onnx.ModelProto:
-    """The model of a job whose pipeline has run, with what made it in its metadata, checked and loaded once."""
+def finish(job: Job, reproducer: Reproducer | None = None) -> onnx.ModelProto:
+    """The model of a job whose pipeline has run, with what made it in its metadata, checked and loaded once.
+
+    Raises EmitError if it is not valid; the reproducer then looks for the pass that made it so.
+    """
     made_by = {"pipeline": str(job.pipeline)}
     if job.split is not None:
         made_by["calibration"] = job.split.source.digest()
-    compiled = emitter.to_model(job.state, made_by)
-    emitter.check(compiled, job.float_model)
-    return compiled
+
+    def emitted(state: CompileState) -> onnx.ModelProto:
+        compiled = emitter.to_model(state, made_by)
+        emitter.check(compiled, job.float_model)
+        return compiled
+
+    try:
+        return emitted(job.state)
+    except emitter.EmitError as error:
+        if reproducer is not None:
+            reproducer.rejected(error, emitted)
+        raise
 
 
 def _describe_samples(report: Report, split: Split) -> None:

@@ -214,13 +214,33 @@ class Reproducer(Watcher):
 
     def failed(self, stage: Pass, state: CompileState, error: Exception) -> None:
         """Write the folder, unless the user can mend the error."""
-        if isinstance(error, UserError):
-            return
-        stem = self.folder / f"before-{stage.name}"
+        if not isinstance(error, UserError):
+            self._write(lambda: self._started - 1, error)
+
+    def rejected(self, error: Exception, accept: Callable[[CompileState], object]) -> None:
+        """Write the folder for a result that is no valid model: `accept` raises for a state that is none.
+
+        The pass to blame is the first that leaves such a state.
+        """
+        self._write(lambda: self._first_rejected(accept), error)
+
+    def _first_rejected(self, accept: Callable[[CompileState], object]) -> int:
+        state = self.restart()
+        for i, stage in enumerate(self.passes):
+            Pipeline((stage,)).run(state)
+            try:
+                accept(state)
+            except Exception:
+                return i
+        return len(self.passes) - 1
+
+    def _write(self, culprit: Callable[[], int], error: Exception) -> None:
         try:
-            fresh = self.restart()
-            Pipeline(tuple(self.passes[: self._started - 1])).run(fresh)
-            snapshot.write(fresh, self.recipe, self._started - 1, stem)
+            done = culprit()
+            stage, fresh = self.passes[done], self.restart()
+            stem = self.folder / f"before-{stage.name}"
+            Pipeline(tuple(self.passes[:done])).run(fresh)
+            snapshot.write(fresh, self.recipe, done, stem)
             again = ["qcompile", "resume", f"{stem}.onnx", *(w for f in self.recipe.load for w in ("--load", f))]
             rerun = shlex.join([*again, "--until", stage.name, "--debug"])
             (self.folder / "crash.txt").write_text(_crash(error, rerun), encoding="utf-8")

@@ -296,6 +296,24 @@ def test_a_crash_writes_what_reproduces_it(qcompile: Run, folder: Path, body: st
     assert (folder / "qcompiler-repro-02" / "crash.txt").exists()
 
 
+INVALID = """for node in state.graph.nodes:
+            if node.op == "Relu" and node.name.startswith("/"):
+                node.attrs["no_such_attribute"] = 1
+        return 0"""
+
+
+def test_a_result_that_is_no_model_writes_what_reproduces_it(qcompile: Run, folder: Path) -> None:
+    arguments = [*broken(folder, INVALID), "--passes", "normalize,broken,form-blocks,cleanup"]
+    code, _, err = qcompile(*arguments)
+    assert (code, "the compiled model is not valid: " in err) == (70, True)
+    written = {p.name for p in (folder / "qcompiler-repro-01").iterdir()}
+    assert written == {"before-broken.json", "before-broken.onnx", "before-broken.txt", "crash.txt"}
+    rerun = err.partition("to see it again: ")[2].strip().removesuffix(")")
+    code, _, second = qcompile(*shlex.split(rerun)[1:])
+    assert code == 70
+    assert second.splitlines()[-1].startswith(err.partition(" (to see")[0])
+
+
 def test_no_reproducer_of_the_users_errors(qcompile: Run, folder: Path) -> None:
     code, _, err = qcompile(*broken(folder, "from qcompiler import UserError; raise UserError('no good')"))
     assert (code, err) == (2, "error: no good\n")
