@@ -133,25 +133,34 @@ def preprocess(given: dict[str, Any]) -> Preprocess | None:
     return replace(PRESETS[preset] if preset else Preprocess(), **wanted)
 
 
+MIN_WIDTH = 32
+"""Characters below which the last column of a table is hard to read."""
+
+
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print columns: with colours on a terminal, else as aligned text, the last column in full."""
+    """Print columns, aligned. On a terminal the last one wraps; where it has no room, it goes below the others."""
     from rich.console import Console  # noqa: PLC0415
+    from rich.padding import Padding  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
     cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     console = Console(highlight=False)
-    if console.is_terminal:
+    if not console.is_terminal:
+        for row in ([*head], *cells):
+            click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    elif console.width - sum(width + 2 for width in widths[:-1]) >= min(widths[-1], MIN_WIDTH):
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for index, title in enumerate(head):
-            table.add_column(title, no_wrap=index == 0, overflow="fold")
+            table.add_column(title, no_wrap=index < len(head) - 1)
         for row in cells:
             table.add_row(*map(Text, row))
         console.print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    for row in ([*head], *cells):
-        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    else:
+        for first, *others, last in cells:
+            console.print(Text.assemble((first, "bold"), "  ", "  ".join(filter(None, others))))
+            console.print(Padding(Text(last), (0, 0, 0, 4)))
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_a_plug_in_file(qcompile: Run, folder: Path) -> None:
 def test_lists(qcompile: Run) -> None:
     code, out, _ = qcompile("passes")
     assert code == 0
-    assert "pipeline default:\n  normalize," in out
+    assert "default:\n  normalize," in out
     assert "ort-cpu-avx2" in qcompile("targets")[1]
 
 

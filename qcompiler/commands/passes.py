@@ -32,5 +32,6 @@ def command(name: str | None, load: Sequence[Path], as_json: bool) -> None:
         return
     rows = [(p.name, p.phases, p.signature, p.package, p.summary) for p in known]
     print_table(("pass", "phases", "options", "from", "what it does"), rows)
-    for title, text in sorted(registry.pipelines.items()):
-        click.echo(f"\npipeline {title}:\n  {text}")
+    for text in dict.fromkeys(text for _, text in sorted(registry.pipelines.items())):
+        titles = sorted(title for title, other in registry.pipelines.items() if other == text)
+        click.echo(f"\npipeline {', '.join(titles)}:\n  {text}")
