@@ -11,6 +11,22 @@ from qcompiler.quant import QuantSpec
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """The channel counts for which a target's convolution kernels are fast.
+
+    `inputs`, `outputs`: of dense convolutions, multiples. `least`: of outputs, at least so many. `depthwise`: of depthwise ones,
+    multiples. `block`: channels of a dense convolution that is as fast as a grouped one of the same width; 0: grouped ones
+    have kernels of their own.
+    """
+
+    inputs: int = 1
+    outputs: int = 1
+    least: int = 1
+    depthwise: int = 1
+    block: int = 0
+
+
+@dataclass(frozen=True)
 class Target:
     """What a kind of hardware runs.
 
@@ -18,7 +34,8 @@ class Target:
     kernel. `stays_float`: operators that run better in float, with the reason. `float_result`: operators whose kernels give a
     float result at no cost, so that a float consumer needs no quantized tensor. `kernels`: the quantized operators
     (`op_key`) that instruction selection may use; without them the integer form is the final one. `rewrites`: names of the
-    optional float rewrites that pay on the target. `per_channel`: one weight scale per output channel, or one per tensor.
+    optional float rewrites that pay on the target. `alignment`: the channel counts that its convolutions want. `per_channel`:
+    one weight scale per output channel, or one per tensor. `profile`: the cost table (see `cost`) by which blocks are placed.
     """
 
     name: str
@@ -31,7 +48,9 @@ class Target:
     float_result: frozenset[str] = frozenset()
     kernels: frozenset[str] = frozenset()
     rewrites: frozenset[str] = frozenset()
+    alignment: Alignment = Alignment()
     per_channel: bool = True
+    profile: str = ""
 
     def why_not(self, node: Node, rules: Mapping[str, OpRule]) -> str | None:
         """The reason why a node stays float on this target, or None if it can be integer."""

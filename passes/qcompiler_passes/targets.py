@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qcompiler.ops import Lowering
 from qcompiler.quant import QuantSpec
-from qcompiler.target import Target
+from qcompiler.target import Alignment, Target
 
 _ALL = frozenset(Lowering) - {Lowering.NONE}
 
@@ -34,7 +34,9 @@ ORT_CPU = Target(
             "com.microsoft.QLinearLeakyRelu",
         }
     ),
-    rewrites=frozenset({"QuickGelu", "channel-shuffle", "average-pool-as-conv"}),
+    rewrites=frozenset({"QuickGelu", "channel-shuffle", "average-pool-as-conv", "hard-swish-as-mul"}),
+    alignment=Alignment(inputs=4, outputs=4, least=16, depthwise=16, block=32),
+    profile="ort-cpu",
 )
 
 ORT_CPU_AVX2 = replace(
@@ -42,6 +44,7 @@ ORT_CPU_AVX2 = replace(
     name="ort-cpu-avx2",
     description="ONNX Runtime on older x86: 7-bit weights, because U8S8 products saturate at 16 bits there",
     weight=QuantSpec("int8", -64, 63, symmetric=True),
+    profile="",
 )
 
 INTEGER = Target(
