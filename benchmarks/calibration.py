@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -28,10 +27,9 @@ def plain(model: Path, calib: Path, samples: int | None) -> float:
     from qcompiler import runtime  # noqa: PLC0415  (a child imports no more than it measures)
     from qcompiler.data import open_source  # noqa: PLC0415
     from qcompiler.load import input_specs, load_model  # noqa: PLC0415
-    from qcompiler.observe import MAX_WORKERS  # noqa: PLC0415
 
     source = open_source(calib, input_specs(load_model(model)), limit=samples)
-    session = runtime.session(model, threads=min(MAX_WORKERS, os.cpu_count() or 1))
+    session = runtime.session(model, threads=runtime.WORKERS)
     start = time.perf_counter()
     for feeds in source:
         runtime.run(session, feeds)

@@ -8,7 +8,6 @@ the pass needs hardly more memory than plain inference.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -26,8 +25,6 @@ from qcompiler.runtime import Feeds, Session
 
 SAMPLE_SIZE = 4096
 """About how many values of a tensor are looked at for each calibration sample."""
-
-MAX_WORKERS = 2
 
 _PREFIX = "qcompiler.tap"
 _SEED = f"{_PREFIX}.seed"
@@ -63,12 +60,11 @@ def observe(
     if not tensors:
         return {}
     _instrument(model, tensors, sample_size)
-    session = runtime.session(model, low_memory=True)
-    model.Clear()
+    session = runtime.session(model, low_memory=True, consume=True)
     samples = _Samples(source, progress)
     team = [
         _Worker(session, {t: (limits or {}).get(t, _NO_LIMITS) for t in tensors}, make)
-        for _ in range(workers or min(MAX_WORKERS, os.cpu_count() or 1))
+        for _ in range(workers or runtime.WORKERS)
     ]
     with ThreadPoolExecutor(len(team)) as pool:
         futures = [pool.submit(worker.run, samples) for worker in team]

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Graph, Node, Tensor
-from qcompiler.runtime import run, session
+from qcompiler.runtime import run_all, session
 from qcompiler.state import Feeds
+
+FRONT_BYTES = 64_000_000
+"""What a front may hold: for 32 samples, uint8 activations of 2 MB each."""
+
+LEAST_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ def pieces(stops: Sequence[Tensor]) -> list[Piece]:
     for stop, nodes in reversed(list(zip(stops, _parts(stops), strict=True))):
         wanted.add(id(stop))
         made = {id(t): t for n in nodes for t in n.outputs if not t.is_empty()}
-        read = {id(t): t for n in nodes for t in _reads(n) if id(t) not in made}
+        read = {id(t): t for n in nodes for t in _sources(n) if id(t) not in made}
         found.append(Piece(nodes, list(read.values()), [t for key, t in made.items() if key in wanted]))
         wanted |= read.keys()
     return found[::-1]
@@ -41,33 +47,45 @@ class Replay:
 
     `stops`: tensors, producers before consumers. Each node before a stop runs once, with the constants that it has at that
     moment, so that each stop sees all changes made to the graph before it. A value is held as long as a later piece reads it.
+    Where the values of all samples take more than `limit` bytes, the last samples are let go.
     """
 
-    def __init__(self, graph: Graph, samples: Sequence[Feeds], stops: Sequence[Tensor]) -> None:
+    def __init__(
+        self, graph: Graph, samples: Sequence[Feeds], stops: Sequence[Tensor], limit: int = FRONT_BYTES
+    ) -> None:
         self._opset = graph.opset
         self._stops = list(stops)
-        self._count = len(samples)
+        self._limit = limit
         self._plan = pieces(self._stops)
-        self._values = {t.name: [sample[t.name] for sample in samples] for t in graph.inputs}
+        self._front: list[dict[str, NDArray[Any]]] = [{t.name: s[t.name] for t in graph.inputs} for s in samples]
         self._position = -1
 
-    def advance(self) -> list[NDArray[Any]]:
-        """Run the piece that ends with the next stop; return the stop's value per sample."""
-        self._position += 1
-        piece = self._plan[self._position]
-        if piece.makes:
-            rows = self.evaluate(piece.reads, piece.makes)
-            self._values |= {t.name: [row[i] for row in rows] for i, t in enumerate(piece.makes)}
-        stop = self._stops[self._position]
-        needed = {t.name for later in self._plan[self._position + 1 :] for t in later.reads}
-        needed |= {t.name for t in self._stops[self._position :]}
-        self._values = {name: values for name, values in self._values.items() if name in needed}
-        return self._values[stop.name]
+    def advance(self, taps: Sequence[Tensor] = ()) -> list[list[NDArray[Any]]]:
+        """Run the piece that ends with the next stop; return, per sample, the stop's value and those of the taps.
 
-    def evaluate(self, sources: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[NDArray[Any]]]:
-        """The values of the wanted tensors, for each sample, computed from sources whose values are at hand."""
-        runner = session(ir.submodel(sources, wanted, self._opset))
-        return [run(runner, {t.name: self._values[t.name][i] for t in sources}) for i in range(self._count)]
+        `taps`: tensors that depend on the stop and on constants only.
+        """
+        self._position += 1
+        piece, stop = self._plan[self._position], self._stops[self._position]
+        reads = piece.reads if piece.makes else [stop]
+        rows = self._run(reads, [*piece.makes, *taps]) if piece.makes or taps else [[] for _ in self._front]
+        needed = {t.name for later in self._plan[self._position + 1 :] for t in later.reads}
+        needed |= {t.name for t in self._stops[self._position + 1 :]}
+        found = []
+        for i, row in enumerate(rows):
+            values = self._front[i] | {t.name: value for t, value in zip(piece.makes, row, strict=False)}
+            found.append([values[stop.name], *row[len(piece.makes) :]])
+            self._front[i] = {name: value for name, value in values.items() if name in needed}
+        self._drop_samples()
+        return found
+
+    def _run(self, reads: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[NDArray[Any]]]:
+        runner = session(ir.submodel(reads, wanted, self._opset), consume=True)
+        return run_all(runner, [{t.name: values[t.name] for t in reads} for values in self._front])
+
+    def _drop_samples(self) -> None:
+        sizes = np.cumsum([sum(value.nbytes for value in values.values()) for values in self._front])
+        del self._front[max(int(np.searchsorted(sizes, self._limit, side="right")), LEAST_SAMPLES) :]
 
 
 def _parts(stops: Sequence[Tensor]) -> list[list[Node]]:
@@ -84,6 +102,13 @@ def _parts(stops: Sequence[Tensor]) -> list[list[Node]]:
                 stack += [maker for tensor in _reads(node) for maker in tensor.inputs]
         parts.append(piece)
     return parts
+
+
+def _sources(node: Node) -> list[Tensor]:
+    """What must be at hand for a node to run: in place of what a DequantizeLinear makes, its integers, a quarter of the bytes."""
+    makers = [(t, ir.producer(t)) for t in _reads(node)]
+    sources = [t if maker is None or maker.op != "DequantizeLinear" else maker.inputs[0] for t, maker in makers]
+    return [t for t in sources if not ir.is_constant(t)]
 
 
 def _reads(node: Node) -> list[Tensor]:

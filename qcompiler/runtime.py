@@ -5,11 +5,13 @@ All sessions are silent, on the CPU provider, and deterministic; one thread unle
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +28,9 @@ Session: TypeAlias = ort.InferenceSession
 IN_MEMORY_LIMIT = 1_800_000_000
 """Bytes above which a model goes through a file; protobuf ends at 2 GiB."""
 
+WORKERS = min(2, os.cpu_count() or 1)
+"""Threads that run samples side by side where there are many; each needs memory of its own."""
+
 _FATAL_ONLY = 4
 
 
@@ -35,14 +40,15 @@ def session(
     optimize: bool = True,
     threads: int = 1,
     low_memory: bool = False,
+    consume: bool = False,
     optimized: Path | None = None,
     profile: Path | None = None,
 ) -> Session:
     """Make a session.
 
     `optimize`: all graph optimizations, or none. `threads`: of one operator; 0 means all cores. `low_memory`: run each node as
-    soon as it can, so that reductions free their inputs early. `optimized`: where to write the graph that really runs, its
-    constants beside it. `profile`: prefix of a trace file.
+    soon as it can, so that reductions free their inputs early. `consume`: empty the ModelProto, so that no large model is held
+    twice. `optimized`: where to write the graph that really runs, its constants beside it. `profile`: prefix of a trace file.
     Raises RuntimeError, with ONNX Runtime's message, for a model that it does not load.
     """
     options = ort.SessionOptions()
@@ -53,6 +59,7 @@ def session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if low_memory:
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = False  # the plan of the first run would come on top of what that run took
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(
@@ -64,16 +71,21 @@ def session(
     if isinstance(model, onnx.ModelProto):
         if model.ByteSize() > IN_MEMORY_LIMIT:
             return _through_file(model, options)
-        model = model.SerializeToString()
+        data = model.SerializeToString()
+        if consume:
+            model.Clear()
+        return _open(data, options)
     return _open(model, options)
 
 
 def _open(model: bytes | Path, options: Any) -> Session:
     try:
         source = str(model) if isinstance(model, Path) else model
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        opened = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime does not load the model: {_message(error)}") from error
+    opened._model_bytes = None  # it keeps them for a change of providers
+    return opened
 
 
 def _through_file(model: onnx.ModelProto, options: Any) -> Session:
@@ -100,6 +112,17 @@ def run(runner: Session, feeds: Feeds) -> list[Any]:
         raise UserError(f"the model does not take these inputs: {_message(error)}") from error
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime does not run the model: {_message(error)}") from error
+
+
+def run_all(runner: Session, samples: Sequence[Feeds]) -> list[list[Any]]:
+    """Run a session on every sample, on several threads, and return all outputs of each, in order. Raises as `run` does."""
+
+    def share(worker: int) -> list[list[Any]]:
+        return [run(runner, feeds) for feeds in samples[worker::WORKERS]]
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        shares = list(pool.map(share, range(WORKERS)))
+    return [shares[i % WORKERS][i // WORKERS] for i in range(len(samples))]
 
 
 def _message(error: Exception) -> str:

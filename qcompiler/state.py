@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from qcompiler import ir
 from qcompiler.collectors import COLLECTORS, Collector
 from qcompiler.ir import Graph
 from qcompiler.ops import OpRule
@@ -103,6 +102,7 @@ class CompileState:
     progress: Any = None
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    predicted: tuple[float, float] | None = None
     rewrite_limit: int | None = None
 
     def clone(self) -> CompileState:
@@ -111,7 +111,7 @@ class CompileState:
         tables: dict[str, Any] = {
             name: copy(value) for name, value in values.items() if isinstance(value, (dict, list, set))
         }
-        return replace(self, graph=ir.from_proto(ir.to_proto(self.graph)), **tables)
+        return replace(self, graph=self.graph.copy(), **tables)
 
     def leader(self, tensor: str) -> str:
         """The tensor whose params `tensor` shares; itself if it has its own."""

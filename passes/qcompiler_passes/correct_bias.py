@@ -14,7 +14,7 @@ from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.ops import Lowering, op_key
 from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
-from qcompiler.runtime import run, session
+from qcompiler.runtime import run_all, session
 from qcompiler.state import Block, CompileState, Feeds, Phase
 from qcompiler_passes.insert_qdq import InsertQdq
 
@@ -58,7 +58,8 @@ class CorrectBias:
         for layer, block, means in zip(layers, blocks, wanted, strict=True):
             if rewriter.exhausted:
                 break
-            shift = _shift(means, *quantized.next_layer(block))
+            measured, active = quantized.next_layer(block)
+            shift = _shift(means[: len(measured)], measured, active)
             bias = (ir.array(layer.inputs[2]) + shift).astype(np.float32)
             rewriter.set_input(layer, 2, rewriter.constant(f"{layer.name}_corrected_bias", bias))
             quantized.shift_bias(shift)
@@ -103,12 +104,12 @@ def _shift(wanted: F64, measured: F64, active: F64) -> F64:
 
 def _float_means(graph: Graph, layers: list[Node], blocks: list[Block], samples: list[Feeds]) -> list[F64]:
     """Per layer, the mean of each channel behind the activation: (samples, channels)."""
-    copy = ir.from_proto(ir.to_proto(graph))
+    copy = graph.copy()
     by_name = {n.name: n for n in copy.nodes}
     copy.outputs = [_tap(copy, by_name[n.name], b)[0] for n, b in zip(layers, blocks, strict=True)]
     ir.drop_dead_nodes(copy)
-    runner = session(ir.to_proto(copy), low_memory=True)
-    rows = [run(runner, sample) for sample in samples]
+    runner = session(ir.to_proto(copy), low_memory=True, consume=True)
+    rows = run_all(runner, samples)
     return [np.asarray([row[i] for row in rows], np.float64) for i in range(len(layers))]
 
 
@@ -173,14 +174,12 @@ class _QuantizedPrefix:
     def next_layer(self, block: Block) -> tuple[F64, F64]:
         """The channel means behind the activation, and the shares that the bias moves: (samples, channels) each."""
         self._position += 1
-        self._replay.advance()
         count = len(self._graph.nodes)
-        taps = _tap(self._graph, self._layers[self._position], block)
-        rows = self._replay.evaluate([self._integers[self._position]], taps)
+        rows = self._replay.advance(_tap(self._graph, self._layers[self._position], block))
         for node in self._graph.nodes[count:]:
             ir.detach(node)
         del self._graph.nodes[count:]
-        means, shares = (np.asarray([row[i] for row in rows], np.float64) for i in (0, 1))
+        means, shares = (np.asarray([row[i] for row in rows], np.float64) for i in (1, 2))
         return means, shares
 
     def shift_bias(self, shift: F64) -> None:
