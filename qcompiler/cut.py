@@ -75,16 +75,19 @@ class Cut:
         return list(self.source)
 
     def match(self, wanted: dict[str, Any], given: dict[str, Any]) -> None:
-        """Give up the tensors whose shapes differ, unless that is known, or that are not arrays."""
+        """Give up the tensors whose shapes differ from what is expected, or that are not arrays."""
         for name, source in list(self.source.items()):
             x, y = wanted[source], given[name]
             are_arrays = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
-            moved = self._float_name(name) in self._counterparts
-            if not are_arrays or (x.size != y.size if moved else x.shape != y.shape):
+            if not are_arrays or (x.size != y.size if self._is_reshaped(name) else x.shape != y.shape):
                 del self.source[name]
                 self.skipped[name] = f"its shape is not that of {source!r} in the float model"
             elif x.dtype.kind == "f":
                 self.floats.add(name)
+
+    def _is_reshaped(self, name: str) -> bool:
+        entry = self._counterparts.get(self._float_name(name) or "")
+        return entry is not None and bool(entry[3])
 
     def expected(self, name: str, wanted: dict[str, Any], given: dict[str, Any]) -> Array:
         """What a tensor of the compiled model would hold without any error, as floats."""
@@ -92,7 +95,7 @@ class Cut:
         entry = self._counterparts.get(self._float_name(name) or "")
         if entry is None:
             return found
-        factor, offset = (np.asarray(number, np.float64) for number in entry[1:])
+        factor, offset = (np.asarray(number, np.float64) for number in entry[1:3])
         return (found * factor + offset).astype(found.dtype).reshape(given[name].shape)
 
     def within(self, name: str, values: Array) -> Array:

@@ -32,7 +32,7 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
     `qcompiler.provenance` maps the nodes to the float layers that they came from; nodes that kept a layer's name are left out.
     `qcompiler.tensors` maps the integer activations to the float tensor that they stand for (null if there is none), scale,
     zero point and bounds; `qcompiler.counterparts` maps float tensors to what they are to one of the float model: its name,
-    factor and offset. A float tensor that is not there is that of the float model that has its name.
+    factor, offset, and whether the shape is another one. One that is not there is that of the float model of its name.
     """
     nodes = [n.name for n in state.graph.nodes]
     origin = {name: list(state.origin[name]) for name in nodes if state.origin.get(name, (name,)) != (name,)}
@@ -72,7 +72,7 @@ def _counterparts(state: CompileState, tensors: dict[str, list[Any]]) -> dict[st
     """The counterparts of the tensors that are there, or that integers stand for."""
     names = {t.name for t in ir.tensors(state.graph)} | {entry[0] for entry in tensors.values()}
     found = {name: c for name, c in state.counterparts.items() if name in names}
-    return {name: [c.source, c.factor.tolist(), c.offset.tolist()] for name, c in found.items()}
+    return {name: [c.source, c.factor.tolist(), c.offset.tolist(), c.reshaped] for name, c in found.items()}
 
 
 def check(model: onnx.ModelProto, source: onnx.ModelProto) -> None:

@@ -106,23 +106,28 @@ class Rewriter:
         ir.take_output(maker, next(i for i, t in enumerate(maker.outputs) if t is tensor), fresh)
         return fresh
 
+    def relate(
+        self, tensor: Tensor, source: str, factor: ArrayLike = 1.0, offset: ArrayLike = 0.0, reshaped: bool = False
+    ) -> None:
+        """Note that `tensor` is factor * source + offset, where `source` is the name of another tensor, there or gone.
+
+        factor, offset: shapes that broadcast against the source. reshaped: whether the tensor has another shape than that.
+        """
+        was = self.state.counterparts.get(source) or Counterpart(source, np.ones(()), np.zeros(()))
+        scale, shift = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
+        if was.reshaped and not scale.size == shift.size == 1:  # these do not fit the shape that the model had
+            return
+        now = Counterpart(was.source, was.factor * scale, was.offset * scale + shift, was.reshaped or reshaped)
+        self.state.counterparts[tensor.name] = now
+
     def change_values(self, tensor: Tensor, factor: ArrayLike = 1.0, offset: ArrayLike = 0.0) -> None:
-        """Give a tensor whose values become factor * values + offset another name: those of the float model stand for its values.
+        """Give a tensor whose values become factor * values + offset another name: the old one stands for the old values.
 
         The tensor must be neither an input nor an output of a graph. factor, offset: shapes that broadcast against it.
         """
-        known, old = tensor.name in self.state.counterparts, tensor.name
-        was = self.state.counterparts.pop(old, None) or Counterpart(old, np.ones(()), np.zeros(()))
-        scale, shift = np.asarray(factor, np.float64), np.asarray(offset, np.float64)
-        tensor.name = self.fresh_tensor_name(f"{old}_scaled")
-        if not known or scale.size == shift.size == 1:  # that of a known one may have another shape
-            now = Counterpart(was.source, was.factor * scale, was.offset * scale + shift)
-            self.state.counterparts[tensor.name] = now
-
-    def same_values(self, tensor: Tensor, source: Tensor) -> None:
-        """Note that `tensor` has the values of `source` in another shape, in the same order."""
-        known = self.state.counterparts.get(source.name)
-        self.state.counterparts[tensor.name] = known or Counterpart(source.name, np.ones(()), np.zeros(()))
+        old, tensor.name = tensor.name, self.fresh_tensor_name(f"{tensor.name}_scaled")
+        self.relate(tensor, old, factor, offset)
+        self.state.counterparts.pop(old, None)
 
     def replace_uses(self, old: Tensor, new: Tensor, among: Iterable[Node] | None = None) -> None:
         """Let the consumers of `old` (or those `among` them) read `new`. Graph outputs are not touched."""

@@ -139,9 +139,7 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "notes": state.notes,
         "corrected": sorted(state.corrected),
         "origin": state.origin,
-        "counterparts": {
-            name: [c.source, c.factor.tolist(), c.offset.tolist()] for name, c in state.counterparts.items()
-        },
+        "counterparts": {name: _counterpart_to_json(c) for name, c in state.counterparts.items()},
         "blocks": {name: _block_to_json(block) for name, block in state.blocks.items()},
         "specs": {name: asdict(spec) for name, spec in state.specs.items()},
         "ties": state.ties,
@@ -179,6 +177,11 @@ def _params_to_json(params: QuantParams) -> dict[str, Any]:
     return {"spec": asdict(params.spec), "scale": scale, "zero_point": int(params.zero_point)}
 
 
+def _counterpart_to_json(counterpart: Counterpart) -> list[Any]:
+    source, factor, offset, reshaped = counterpart
+    return [source, factor.tolist(), offset.tolist(), reshaped]
+
+
 def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> CompileState:
     name = data["target"]["name"]
     if name not in registry.targets:
@@ -213,8 +216,8 @@ def _block(data: Mapping[str, Any]) -> Block:
     return Block(**{**data, **lists, "low": low, "high": high})
 
 
-def _counterpart(source: str, factor: Any, offset: Any) -> Counterpart:
-    return Counterpart(source, np.asarray(factor, np.float64), np.asarray(offset, np.float64))
+def _counterpart(source: str, factor: Any, offset: Any, reshaped: bool) -> Counterpart:
+    return Counterpart(source, np.asarray(factor, np.float64), np.asarray(offset, np.float64), reshaped)
 
 
 def _params(data: Mapping[str, Any]) -> QuantParams:

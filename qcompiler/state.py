@@ -51,14 +51,15 @@ class Block:
 
 
 class Counterpart(NamedTuple):
-    """What a tensor is to one of the float model: `factor` * `source` + `offset`, perhaps in another shape.
+    """What a tensor is to one of the float model: `factor` * `source` + `offset`.
 
-    factor, offset: float64, of shapes that broadcast against the source.
+    factor, offset: float64, of shapes that broadcast against the source. reshaped: whether the shape is another one.
     """
 
     source: str
     factor: NDArray[Any]
     offset: NDArray[Any]
+    reshaped: bool = False
 
 
 @dataclass(frozen=True)

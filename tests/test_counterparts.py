@@ -10,11 +10,12 @@ import pytest
 
 from qcompiler import ir
 from qcompiler.compile import CompileOptions, prepare
-from qcompiler.state import CompileState
+from qcompiler.state import CompileState, Counterpart
 from tests.nets import random_net
 from tests.support import model_from_text, random_feeds, run
 
 RNG = np.random.default_rng(5)
+IMAGE = "float[1,3,6,6]"
 
 
 def values(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -37,9 +38,11 @@ def check(model: onnx.ModelProto, state: CompileState) -> None:
     before, after = values(model, feeds), values(ir.to_proto(state.graph), feeds)
     checked = 0
     for name, found in after.items():
-        source, factor, offset = state.counterparts.get(name, (name, np.ones(()), np.zeros(())))
+        source, factor, offset, reshaped = state.counterparts.get(name, Counterpart(name, np.ones(()), np.zeros(())))
         if source in before and before[source].dtype == np.float32:
-            wanted = (before[source] * factor + offset).reshape(found.shape)
+            wanted = before[source] * factor + offset
+            wanted = wanted.reshape(found.shape) if reshaped else wanted
+            assert wanted.shape == found.shape, name
             np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * max(1, np.abs(wanted).max()), err_msg=name)
             checked += 1
     assert checked > 1
@@ -79,9 +82,26 @@ def test_a_number_that_moves_before_movers(step: str, factor: float, offset: flo
     assert not {"r", "s"} & {t.name for t in ir.tensors(state.graph)}
 
 
+def test_a_scale_that_moves_behind_a_shift() -> None:
+    text = f"""g ({IMAGE} x) => (float[1,2,6,6] y) {{
+        t = Tanh(x)
+        a = Mul(t, scale)
+        b = Add(a, shift)
+        y = Conv<pads=[1,1,1,1]>(b, v)
+    }}"""
+    arrays = {"scale": [2, 3, 4], "shift": [1, 2, 3]}
+    weights = {k: np.reshape(np.float32(v), (3, 1, 1)) for k, v in arrays.items()}
+    model = model_from_text(text, {**weights, "v": RNG.standard_normal((2, 3, 3, 3)).astype(np.float32)})
+    state = optimized(onnx.shape_inference.infer_shapes(model))
+    check(model, state)
+    [found] = state.counterparts.values()
+    assert found.source == "b"
+    assert np.ravel(found.factor) == pytest.approx([1 / 2, 1 / 3, 1 / 4])
+
+
 @pytest.mark.parametrize("between", ["Relu(c)", "MaxPool<kernel_shape=[2,2]>(c)"])
 def test_scales_that_move_before_an_activation(between: str) -> None:
-    text = f"""g (float[1,3,6,6] x) => (float[1,n,h,v] y) {{
+    text = f"""g ({IMAGE} x) => (float[1,n,h,v] y) {{
         c = Conv(x, w)
         r = {between}
         b = BatchNormalization(r, s, t, m, q)

@@ -44,7 +44,7 @@ def test_the_model_says_what_made_it() -> None:
         "qcompiler.calibration": "f00",
         "qcompiler.provenance": '{"n1":["conv","bn"]}',
         "qcompiler.tensors": "{}",
-        "qcompiler.counterparts": '{"x":["a",2.0,[0.0,1.5]]}',
+        "qcompiler.counterparts": '{"x":["a",2.0,[0.0,1.5],false]}',
     }
     assert json.loads(props["qcompiler.provenance"]) == {"n1": ["conv", "bn"]}
 

@@ -49,7 +49,7 @@ def odd_state() -> CompileState:
         },
         tables={"table": bytes(range(256))},
         origin={"n": ("first", "second")},
-        counterparts={"s": Counterpart("t", np.array([[1 / 3], [2]]), np.zeros(()))},
+        counterparts={"s": Counterpart("t", np.array([[1 / 3], [2]]), np.zeros(()), True)},
         corrected={"c", "b", "a"},
         keep_float=("*head*",),
         metadata={"author": "né"},
@@ -66,7 +66,7 @@ def facts(value: Any) -> Any:
     if isinstance(value, QuantParams):
         return value.spec, value.scale.dtype, value.scale.shape, value.scale.tobytes(), value.zero_point
     if isinstance(value, Counterpart):
-        return value.source, value.factor.tolist(), value.offset.tolist()
+        return value.source, value.factor.tolist(), value.offset.tolist(), value.reshaped
     return value
 
 

@@ -83,10 +83,11 @@ def _fold_scale(rewriter: Rewriter, chain: Affine) -> Refusal | None:
     size = np.abs(chain.scale)
     if len(chain.nodes) < 2 or not chain.shifts or not chain.scales or size.max() > _MAX_SPREAD * size.min():
         return Refusal("no scale to fold alone", chain.nodes[-1].name)
-    readers = rewriter.users(chain.result)
+    readers, name = rewriter.users(chain.result), chain.result.name
     refusal = fold_into_consumers(rewriter, replace(chain, shift=np.zeros(())))
     if refusal is None:
         add = _emit(rewriter, "Add", chain.source, chain.shift / chain.scale, chain)
+        rewriter.relate(add, name, 1 / chain.scale)
         for reader in readers:
             rewriter.set_input(reader, 0, add)
     return refusal

@@ -132,7 +132,7 @@ def _flatten(rewriter: Rewriter, node: Node, source: Tensor, width: int) -> Tens
             return reader.outputs[0]
     target_tensor = rewriter.constant(f"{node.name}_rows", np.array([-1, width], dtype=np.int64))
     rows = rewriter.variable(f"{node.name}_flat", source.dtype, (None, width))
-    rewriter.same_values(rows, source)
+    rewriter.relate(rows, source.name, reshaped=True)
     reshape = rewriter.node("Reshape", [source, target_tensor], [rows], origin=node, hint=f"{node.name}_flatten")
     return reshape.outputs[0]
 
