@@ -248,6 +248,26 @@ def snap_scale(factor_of: Callable[[F32], F32], wanted: float, at_least: bool, s
     return np.float32(near[hit[:, nearest].argmax(), nearest])
 
 
+def snap_pair(s_x: float, s_h: float, s_y: float) -> tuple[np.float32, np.float32] | None:
+    """Float32 scales near `s_x` and `s_h` for y = x * h where h is a sum with x as an addend; None if none are near.
+
+    `fl(s_x / s_h)` is exactly a multiple of 2**-RATIO_SHIFT, and `fl(fl(s_x * s_h) / s_y)` one of 2**-SHIFT. The first grows by a
+    few steps of the product at most, the second shrinks by a few steps of the ratio.
+    """
+    least = max(np.ceil(s_x * s_h / s_y * 2.0**SHIFT * (1 - 1e-6)), 1)
+    for product in (least + np.arange(8)) * 2.0**-SHIFT:
+        start = np.ceil(product * s_y / s_h**2 * 2.0**RATIO_SHIFT)
+        ratios = (start + np.arange(24)) * 2.0**-RATIO_SHIFT
+        h = neighbours(np.sqrt(product * s_y / ratios))
+        x = neighbours(ratios * h.astype(np.float64), 1)
+        hits = (x / h == ratios.astype(np.float32)) & (rescale(x, h, s_y) == np.float32(product))
+        if hits.any():
+            column = hits.any(axis=(0, 1)).argmax()
+            near, row = np.unravel_index(hits[..., column].argmax(), hits.shape[:2])
+            return np.float32(x[near, row, column]), np.float32(h[row, column])
+    return None
+
+
 def round_shift(values: I64, shift: int) -> I64:
     """RNE(values * 2**-shift) in integers; exact for |values| < 2**62."""
     floor = values >> shift

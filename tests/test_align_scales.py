@@ -156,3 +156,15 @@ def test_dead_tensors_compile() -> None:
     forms = all_forms(model)
     assert floats(forms.state) == {}
     assert_bit_identical(forms)
+
+
+@pytest.mark.parametrize("reader", ["y = Conv(g, w2)", "b = Conv(x, w1) s = Add(g, b) y = Conv(s, w2)"])
+def test_a_product_with_a_sum_of_its_operand_is_exact(reader: str) -> None:
+    """As in x * Clip(x + c, 0, 1); the second reader fixes the scale of the product."""
+    body = f"a = Conv(x, w0) h = Add(a, half) c = Clip(h, zero, one) g = Mul(a, c) {reader}"
+    state = aligned(body, a=(-1.3, 2.9), c=(0, 1), g=(-0.2, 2.9))
+    assert floats(state) == {}
+    assert quant.is_dyadic(scale(state, "a") / scale(state, "c"), quant.RATIO_SHIFT)
+    assert quant.is_dyadic(quant.rescale(scale(state, "a"), scale(state, "c"), scale(state, "g")))
+    assert scale(state, "c") == pytest.approx(1 / 255, rel=5e-3)
+    assert scale(state, "a") == pytest.approx(4.2 / 255, rel=5e-2)

@@ -311,6 +311,20 @@ def test_snap_scale_keeps_to_its_side(at_least):
     assert right.mean() > 0.99, "the other side is for want of a fitting float32 only"
 
 
+def test_snap_pair_finds_scales_for_the_gate_of_a_hard_swish():
+    rng = np.random.default_rng(0)
+    gate = np.sqrt(6) / 255
+    for top in rng.uniform(0.1, 30, 500):
+        s_x, s_y = (top + 3) / np.sqrt(6) / 255, (top + 0.375) / 255 * rng.uniform(0.9, 1.1)
+        found = quant.snap_pair(s_x, gate, s_y)
+        assert found is not None
+        x, h = found
+        assert quant.is_dyadic(x / h, quant.RATIO_SHIFT)
+        assert quant.is_dyadic(quant.rescale(x, h, np.float32(s_y)))
+        assert s_x * (1 - 1e-6) < x < s_x * 1.05
+        assert gate * 0.99 < h < gate * (1 + 1e-6)
+
+
 def test_multiplier_refuses_what_is_not_dyadic():
     assert quant.multiplier([0.5, 2.0**-16]).tolist() == [32768, 1]
     for factor in (0.1, 2.0**-17, 0.0):

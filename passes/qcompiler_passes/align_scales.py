@@ -50,6 +50,7 @@ class AlignScales:
             if lowering is Lowering.ADD:
                 fits = solver.add(node.inputs[0].name, node.inputs[1].name, output)
             elif lowering is Lowering.MUL:
+                solver.gate(node.inputs[0].name, node.inputs[1].name, output)
                 fits = solver.mul(node.inputs[0].name, node.inputs[1].name, output)
             elif lowering is Lowering.SUM:
                 fits = solver.mean(node.inputs[0].name, output, spatial_size(node))
@@ -86,6 +87,7 @@ class _Solver:
             self.members.setdefault(state.leader(name), []).append(name)
         self.limits = self._limits()
         self.tensors = {t.name: t for t in ir.tensors(state.graph)}
+        self.addends = self._addends()
         self.pinned: set[str] = set()
         self.moved = 0
 
@@ -99,6 +101,17 @@ class _Solver:
                     leader = self.state.leader(name)
                     limits[leader] = min(limits.get(leader, np.inf), block.high / params.spec.steps * (1 + 1e-6))
         return limits
+
+    def _addends(self) -> dict[str, str]:
+        """The sums of an activation and a constant: result -> the activation."""
+        found = {}
+        for node in self.state.graph.nodes:
+            block = self.state.blocks.get(node.name)
+            if block is not None and block.quantized and node.op == "Add" and not node.domain:
+                variable = [t.name for t in node.inputs if not ir.is_constant(t)]
+                if len(variable) == 1:
+                    found[block.outputs[0]] = variable[0]
+        return found
 
     def params(self, name: str) -> QuantParams:
         return self.state.params[self.state.leader(name)]
@@ -159,6 +172,19 @@ class _Solver:
         """The limit of an addend's scale, unless even the smallest ratio to the sum's scale is above it."""
         limit = self.limits.get(self.state.leader(x), np.inf)
         return limit if limit > float(self.scale(c)) * 2.0**-quant.RATIO_SHIFT * (1 + 1e-5) else np.inf
+
+    def gate(self, a: str, b: str, c: str) -> None:
+        """c = a * b where b = a + constant, or the other way round: settle the ratio of a and b, which the product would pin."""
+        x, h = (a, b) if self.addends.get(b) == a else (b, a)
+        if self.addends.get(h) != x or not (self.free(x) and self.free(h)):
+            return
+        s_x, s_h = float(self.scale(x)), float(self.scale(h))
+        if self.free(c):
+            self.move(x, quant.snap_ratio(s_x, s_h))
+            self.pin(x, h)
+        elif (pair := quant.snap_pair(s_x, s_h, float(self.scale(c)))) is not None:
+            self.move(x, pair[0])
+            self.move(h, pair[1])
 
     def mul(self, a: str, b: str, c: str) -> bool:
         """c = a * b: the factor a multiple of 2**-16; the result moves if it can, else an operand."""
