@@ -18,6 +18,7 @@ from qcompiler.runtime import run_all, session
 from qcompiler.state import Block, CompileState, Feeds, Phase
 from qcompiler_passes.insert_qdq import InsertQdq
 
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 
@@ -159,6 +160,18 @@ def _quantized_twin(state: CompileState) -> Graph:
     return twin.graph
 
 
+def _dequantized(tensor: Tensor) -> F32:
+    """What a DequantizeLinear without zero point makes of constants."""
+    node = ir.producer(tensor)
+    if node is None:
+        return ir.array(tensor)
+    integers, scale = ir.array(node.inputs[0]), ir.array(node.inputs[1])
+    shape = [1] * integers.ndim
+    if scale.ndim:
+        shape[node.attrs.get("axis", 1)] = -1
+    return np.asarray(integers.astype(np.float32) * scale.reshape(shape), np.float32)
+
+
 class _QuantizedPrefix:
     """The layers of a quantized graph, measured one after the other behind those that are corrected already."""
 
@@ -175,12 +188,19 @@ class _QuantizedPrefix:
         """The channel means behind the activation, and the shares that the bias moves: (samples, channels) each."""
         self._position += 1
         count = len(self._graph.nodes)
-        rows = self._replay.advance(_tap(self._graph, self._layers[self._position], block))
+        rows = self._replay.advance(_tap(self._graph, self._with_constants(self._layers[self._position]), block))
         for node in self._graph.nodes[count:]:
             ir.detach(node)
         del self._graph.nodes[count:]
         means, shares = (np.asarray([row[i] for row in rows], np.float64) for i in (1, 2))
         return means, shares
+
+    def _with_constants(self, layer: Node) -> Node:
+        """A copy of the layer with constants for weight and bias, for which ONNX Runtime has its fast float kernels."""
+        inputs = [layer.inputs[0], *(ir.Constant(f"{t.name}_constant", _dequantized(t)) for t in layer.inputs[1:])]
+        result = ir.Variable(f"{layer.outputs[0].name}_raw", np.dtype(np.float32))
+        self._graph.nodes.append(ir.Node(layer.op, f"{layer.name}_raw", dict(layer.attrs), inputs, [result]))
+        return self._graph.nodes[-1]
 
     def shift_bias(self, shift: F64) -> None:
         """Add to the bias of the layer that was measured last."""
