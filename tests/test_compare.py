@@ -108,7 +108,7 @@ def test_all_forms_have_the_same_errors(emit: str) -> None:
     assert other.outputs == kernels.outputs
 
 
-@pytest.mark.parametrize("victim", [0, 4, 8])
+@pytest.mark.parametrize("victim", [0, 2, -1])
 def test_a_mis_scaled_layer_ranks_first_and_alone(digits: Path, victim: int) -> None:
     model = load_compiled(digits)
     good = {r.tensor: r for r in compare_digits(model).layers}
@@ -230,7 +230,7 @@ def test_the_command_prints_a_table(digits: Path, capsys: pytest.CaptureFixture[
         cli.main([*arguments, "--no-latency", "--top", "3"])
     assert stop.value.code == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["layer", "op", "accumulated", "local"]
+    assert header.split()[:4] == ["layer", "op", "local", "accumulated"]
     decibels = [float(row.split()[2]) for row in rows[:3]]
     assert decibels == sorted(decibels)
     assert rows[3] == "3 of 16 layers, 2 samples"
@@ -241,11 +241,11 @@ def test_the_command_prints_a_table(digits: Path, capsys: pytest.CaptureFixture[
 def test_the_command_gives_json(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", str(DIGITS), str(digits), "--calib", str(CALIB), "--samples", "2", "--json"]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments, "--no-latency", "--sort", "local", "--top", "2"])
+        cli.main([*arguments, "--no-latency", "--sort", "accumulated", "--top", "2"])
     assert stop.value.code == 0
     data = json.loads(capsys.readouterr().out)
     assert len(data["layers"]) == 2
-    assert data["layers"][0]["local"]["sqnr"] <= data["layers"][1]["local"]["sqnr"]
+    assert data["layers"][0]["accumulated"]["sqnr"] <= data["layers"][1]["accumulated"]["sqnr"]
     assert data["samples"] == 2
 
 

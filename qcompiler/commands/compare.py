@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 16
 PROFILE_SECONDS = 2.0
-COLUMNS = ("layer", "op", "accumulated", "local", "cosine", "max error", "float ms", "int8 ms", "kernels")
+COLUMNS = ("layer", "op", "local", "accumulated", "cosine", "max error", "float ms", "int8 ms", "kernels")
 
 EPILOG = """\b
-Errors are SQNR in dB: 6 dB are one bit. `accumulated`: both models run as they are. `local`: the layer alone
-is fed with the float model's tensors. A layer without a time was fused into another one.
+Errors are SQNR in dB: 6 dB are one bit. `local`: the layer alone is fed with the float model's tensors.
+`accumulated`, and with it cosine and max error: both models run as they are, so that a layer has the errors of
+those before it, too. A layer without a time was fused into another one.
 """
 
 
@@ -32,8 +33,8 @@ is fed with the float model's tensors. A layer without a time was fused into ano
 @data_options
 @click.option(
     "--sort",
-    type=click.Choice(["accumulated", "local", "latency"]),
-    default="accumulated",
+    type=click.Choice(["local", "accumulated", "latency"]),
+    default="local",
     show_default=True,
     help="Worst first by this; latency: by the milliseconds that int8 adds.",
 )
@@ -114,8 +115,8 @@ def _cells(row: LayerError) -> tuple[str, ...]:
     return (
         row.layer,
         row.op,
-        _db(error.sqnr),
         _db(row.local.sqnr),
+        _db(error.sqnr),
         f"{error.cosine:.5f}",
         f"{error.max_error:.3g}",
         _ms(row.float_ms),
