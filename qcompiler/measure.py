@@ -13,7 +13,7 @@ from qcompiler.report import OutputMatch, Report, Speed
 from qcompiler.runtime import Session
 from qcompiler.state import Feeds
 
-RACE_SECONDS = 0.8
+RACE_SECONDS = 0.3
 
 
 def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
