@@ -224,6 +224,12 @@ class Split:
                 pass
         return list(self._held.values())
 
+    def spread(self, count: int) -> list[Feeds]:
+        """At most so many of the samples that calibrate, evenly spread."""
+        count = min(count, len(self))
+        chosen = {i * len(self) // count for i in range(count)}
+        return [feeds for i, feeds in enumerate(self) if i in chosen]
+
     def __len__(self) -> int:
         return 1 if self.shared else len(self.source) - self._count()
 

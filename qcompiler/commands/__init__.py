@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = (
     "compile",
     "resume",
+    "sensitivity",
     "compare",
     "diff",
     "bisect",

@@ -1,0 +1,179 @@
+"""The float model in a calibrated state, with a gate wherever the compiler is going to put Q and DQ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from qcompiler import ir, quant
+from qcompiler.ir import Graph, Node, Tensor
+from qcompiler.ops import Lowering, OpRule, Role, op_key
+from qcompiler.quant import QuantParams
+from qcompiler.replay import pieces
+from qcompiler.state import CompileState
+
+Array = NDArray[Any]
+
+LEAST_ACTIVE = 0.1
+"""The least share of results inside an activation's bounds that a correction reckons with."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What correct-bias needs to know of a layer: the bounds of its activation, and the axis of its channels."""
+
+    low: float
+    high: float
+    axis: int
+
+
+class Correction:
+    """What correct-bias leaves of an error in the result of a layer. `wanted`: the float model's results, one per sample.
+
+    Channels that are moved: results inside the activation's bounds, by the mean error over the share of these results, times
+    the certainty of that mean (see correct-bias).
+    """
+
+    def __init__(self, bounds: Bounds, wanted: Sequence[Array]) -> None:
+        self.bounds = bounds
+        self.means = self._means(wanted)
+        inside = [(x > bounds.low) & (x < bounds.high) for x in wanted]
+        self.share = self._means([mask.astype(np.float32) for mask in inside]).mean(0)
+        self.inside = inside if np.min(self.share, initial=1) < 1 else None
+
+    def apply(self, given: Sequence[Array]) -> list[Array]:
+        """The results, one per sample, with the mean error taken out."""
+        errors = self.means - self._means(given)
+        mean, doubt = errors.mean(0), errors.var(0) / len(errors)
+        certainty = np.maximum(0, 1 - doubt / np.maximum(np.square(mean), np.finfo(np.float64).tiny))
+        shift = (mean * certainty / np.maximum(self.share, LEAST_ACTIVE)).astype(np.float32)
+        shift = np.expand_dims(shift, self._others(given[0].ndim))
+        if self.inside is None:
+            return [y + shift for y in given]
+        moved = (y + shift * mask for y, mask in zip(given, self.inside, strict=True))
+        return [np.clip(y, self.bounds.low, self.bounds.high, out=y) for y in moved]
+
+    def _others(self, rank: int) -> tuple[int, ...]:
+        return tuple(i for i in range(rank) if i != self.bounds.axis % rank)
+
+    def _means(self, results: Sequence[Array]) -> NDArray[np.float64]:
+        """The mean of each channel: shape (samples, channels)."""
+        return np.array([x.mean(self._others(x.ndim)) for x in results], np.float64)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where an activation is rounded, behind a quantized layer or before one. `tensor`: what its readers get; `params`: how it is
+    rounded, None if that changes nothing. `layer`: the layer that makes it (`made`), or the first quantized one that reads it.
+    `users`: it is rounded if one of these is quantized. `bounds`: of the layer that makes it, if its bias corrects errors.
+    """
+
+    tensor: Tensor
+    params: QuantParams | None
+    layer: str
+    made: bool
+    users: tuple[str, ...]
+    bounds: Bounds | None
+
+
+class GatedModel:
+    """A float model in which an Identity stands for each pair of Q and DQ, cut into pieces behind each of them.
+
+    `layers`: the roots of quantized blocks, by name; `gates` in the order of the graph; `outputs` in the model's order;
+    `constants`: layer -> position of an input -> what that constant is rounded to.
+    """
+
+    def __init__(self, state: CompileState, graph: Graph) -> None:
+        """`graph` is changed."""
+        self.state, self.graph = state, graph
+        nodes = {n.name: n for n in graph.nodes}
+        self.layers = {root: nodes[root] for root, b in state.blocks.items() if b.quantized and root in nodes}
+        self.outputs: list[Tensor] = list(graph.outputs)
+        self._made = {name: root for root in self.layers for name in state.blocks[root].outputs}
+        self._moved = {name for root in self.layers if self._passes_on(root) for name in state.blocks[root].outputs}
+        self.gates = self._add_gates()
+        ir.toposort(graph)
+        self.constants = {root: found for root in self.layers if (found := self._rounded_constants(root))}
+        stops = {id(t): t for t in (*(gate.tensor for gate in self.gates), *self.outputs) if t.inputs}
+        self.pieces = pieces(list(stops.values()))
+        self.gate_of = {gate.tensor.name: gate for gate in self.gates}
+
+    def submodel(self, reads: Sequence[Tensor], makes: Sequence[Tensor]) -> onnx.ModelProto:
+        """A part of the graph, as it is now."""
+        return ir.submodel(reads, makes, self.graph.opset)
+
+    @contextmanager
+    def rounded_constants(self, root: str) -> Iterator[None]:
+        """While this lasts, the constants of a layer are rounded."""
+        node = self.layers[root]
+        before = {i: node.inputs[i] for i in self.constants[root]}
+        for i, values in self.constants[root].items():
+            ir.set_input(node, i, ir.Constant(f"{before[i].name}_rounded", values))
+        yield
+        for i, tensor in before.items():
+            ir.set_input(node, i, tensor)
+
+    def _rule(self, node: Node) -> OpRule:
+        return self.state.ops[op_key(node.op, node.domain)]
+
+    def _rounded_constants(self, root: str) -> dict[int, Array]:
+        node, rule = self.layers[root], self._rule(self.layers[root])
+        found = {}
+        for i, tensor in enumerate(node.inputs):
+            params, values = self.state.params.get(tensor.name), ir.value(tensor)
+            if params is not None and values is not None and rule.role(i) in (Role.ACT, Role.WEIGHT):
+                found[i] = quant.dequantize(quant.quantize(values, params), params)
+        return found
+
+    def _add_gates(self) -> list[Gate]:
+        gates = [self._gate(t) for t in list(ir.tensors(self.graph)) if not ir.is_constant(t) and not t.is_empty()]
+        order = {t.name: i for i, t in enumerate(ir.tensors(self.graph))}
+        return sorted((gate for gate in gates if gate), key=lambda gate: order[gate.tensor.name])
+
+    def _gate(self, tensor: Tensor) -> Gate | None:
+        """Put an Identity behind a tensor, for all readers if an integer layer makes it, else for those that are integer."""
+        maker, params = self._made.get(tensor.name), self.state.params.get(tensor.name)
+        integer = {id(n): n for n in tensor.outputs if params is not None and self._reads_integers(n, tensor)}
+        users = tuple(dict.fromkeys([*([maker] if maker else []), *(n.name for n in integer.values())]))
+        if not users:
+            return None
+        behind = ir.Variable(f"{tensor.name}_rounded", tensor.dtype, tensor.shape)
+        for node in list(tensor.outputs) if maker else integer.values():
+            for i, given in enumerate(node.inputs):
+                if given is tensor:
+                    ir.set_input(node, i, behind)
+        self.graph.nodes.append(ir.Node("Identity", f"{tensor.name}_gate", {}, [tensor], [behind]))
+        if maker:
+            self.outputs = [behind if t is tensor else t for t in self.outputs]
+        return Gate(
+            behind,
+            None if tensor.name in self._moved else params,
+            users[0],
+            maker is not None,
+            users,
+            self._bounds(maker),
+        )
+
+    def _bounds(self, maker: str | None) -> Bounds | None:
+        if maker is None or maker not in self.state.corrected:
+            return None
+        block = self.state.blocks[maker]
+        return Bounds(block.low, block.high, 1 if self.layers[maker].op == "Conv" else -1)
+
+    def _reads_integers(self, node: Node, tensor: Tensor) -> bool:
+        if node.name not in self.layers:
+            return False
+        return any(node.inputs[i] is tensor for i in self._rule(node).activations(node))
+
+    def _passes_on(self, root: str) -> bool:
+        """Whether the layer only moves values that are rounded already."""
+        node, rule = self.layers[root], self._rule(self.layers[root])
+        leaders = {self.state.leader(node.inputs[i].name) for i in rule.activations(node)}
+        own = {self.state.leader(name) for name in self.state.blocks[root].outputs}
+        return rule.lowering in (Lowering.MOVE, Lowering.CONCAT) and leaders == own
