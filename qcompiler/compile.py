@@ -30,6 +30,9 @@ DEFAULT_TARGET = "ort-cpu"
 LAST_PASS = {"qdq": "insert-qdq", "integer": "fold-scales", "kernels": None}
 """Where the default pipeline is cut for each form of output."""
 
+LAST = ("guard-float", "cleanup")
+"""The passes that end the pipeline of every form."""
+
 MAX_HELD_BACK = 16
 
 Progress = Callable[[int, int | None], None]
@@ -46,6 +49,8 @@ class CompileOptions:
     samples: int | None = None
     target: str | Target = DEFAULT_TARGET
     per_tensor: bool = False
+    optimize: str | None = None
+    profile: str | Path | None = None
     passes: str | None = None
     until: str | None = None
     keep_float: Iterable[str] = ()
@@ -132,7 +137,7 @@ def compile_model(
     changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
     passes. options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same.
     level: 0 (fast to compile) to 3 (most accurate). collector: how ranges are measured. samples: use at most so many. target, per_tensor: the hardware, one weight scale per
-    tensor. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one, until: a
+    tensor. optimize: `latency`, `size` or `integer`. profile: a file of `qcompile profile`. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one, until: a
     pass or phase to stop after. preprocess: of images. load: plug-in files. progress: called with samples done and in all.
 
     Raises UserError for whatever the caller can mend.
@@ -162,6 +167,7 @@ def compile_model(
         layers=layers_of(job.state, operators.of),
         bytes=(job.float_model.ByteSize(), compiled.ByteSize()),
         notes=list(job.state.notes),
+        predicted=job.state.predicted,
         passes=timing.passes,
     )
     if job.split is not None:
@@ -265,9 +271,13 @@ def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
     else:
         text = registry.pipelines[_level(registry, options.level)]
     pipeline = parse_pipeline(text, registry.passes)
-    last = LAST_PASS[options.emit]
+    last = LAST_PASS["integer" if options.optimize == "integer" else options.emit]
     if last is not None and any(stage.name == last for stage in pipeline.passes):
-        pipeline = Pipeline((*pipeline.until(last).passes, registry.passes["cleanup"]()))
+        pipeline = Pipeline((*pipeline.until(last).passes, *(registry.passes[name]() for name in LAST)))
+    if options.optimize is not None:
+        pipeline = _with(pipeline, "place", objective=options.optimize)
+    if options.profile is not None:
+        pipeline = _with(pipeline, "place", profile=str(Path(options.profile).absolute()))
     return pipeline if options.collector is None else _with_collector(registry, pipeline, options.collector)
 
 
@@ -283,8 +293,13 @@ def _level(registry: Registry, level: int | None) -> str:
 def _with_collector(registry: Registry, pipeline: Pipeline, collector: str) -> Pipeline:
     if collector not in registry.collectors:
         raise UserError(f"no collector is called {collector!r}{closest(collector, registry.collectors)}", "--collector")
+    return _with(pipeline, "calibrate", collector=collector)
+
+
+def _with(pipeline: Pipeline, name: str, **options: Any) -> Pipeline:
+    """The pipeline with options of one pass changed."""
     stages: list[Any] = [
-        replace(stage, collector=collector) if stage.name == "calibrate" else stage  # type: ignore[type-var]
+        replace(stage, **options) if stage.name == name else stage  # type: ignore[type-var]
         for stage in pipeline.passes
     ]
     return Pipeline(tuple(stages))

@@ -92,6 +92,12 @@ pipeline_options = _all(
     ),
     click.option("--target", default="ort-cpu", show_default=True, help="The hardware (see `qcompile targets`)."),
     click.option("--collector", help="How activation ranges are measured: minmax, omse, or one from a plug-in."),
+    click.option(
+        "--optimize",
+        type=click.Choice(["latency", "size", "integer"]),
+        help="Quantize what makes inference faster, all that can be, or that and emit integers.  [default: latency]",
+    ),
+    click.option("--profile", type=PATH, help="A file of `qcompile profile`: what operators cost on your machine."),
     click.option("--per-tensor", is_flag=True, help="One weight scale per tensor instead of one per output channel."),
     click.option(
         "--keep-float",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -48,7 +49,8 @@ class Speed:
 class Report:
     """The facts of one compilation. `emit`: the phase that was reached. `kernels`: operators that ONNX Runtime really runs.
 
-    `samples`, `held_back`: how many calibrated, and how many were compared; `bytes`: size of the float and the compiled model.
+    `predicted`: seconds of one inference, in float and as compiled, by the cost table. `samples`, `held_back`: how many
+    calibrated, and how many were compared; `bytes`: size of the float and the compiled model.
     """
 
     source: str
@@ -62,6 +64,7 @@ class Report:
     held_back: int = 0
     outputs: list[OutputMatch] = field(default_factory=list)
     speed: Speed | None = None
+    predicted: tuple[float, float] | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     passes: list[PassTime] = field(default_factory=list)
@@ -84,7 +87,8 @@ class Report:
         yield "size", f"{_bytes(before)} -> {_bytes(after)} ({_ratio(before, after, 'smaller', 'larger')})"
         if self.speed:
             a, b = self.speed.float_ms, self.speed.int8_ms
-            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({_ratio(a, b, 'faster', 'slower')} than float)"
+            predicted = f"; {_ratio(*self.predicted, 'faster', 'slower')} predicted" if self.predicted else ""
+            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({_ratio(a, b, 'faster', 'slower')} than float{predicted})"
         if self.kernels:
             names = [f"{op.removeprefix('com.microsoft.')} {n}" for op, n in self.kernels.items()]
             yield "kernels", ", ".join(names if verbose or len(names) <= MAX_GROUPS else [*names[:MAX_GROUPS], "..."])
@@ -125,7 +129,8 @@ def _in_float(layers: list[Layer], verbose: bool) -> Iterator[tuple[str, str]]:
 
 
 def _generic(reason: str) -> str:
-    """A reason without the names that it quotes, so that like reasons fall together."""
+    """A reason without the names that it quotes and the times that it compares, so that like reasons fall together."""
+    reason = re.sub(r": \S+ ms against \S+ ms$", "", reason)
     parts = reason.split("'")
     return "".join(parts[::2]).replace("  ", " ") if len(parts) % 2 else reason
 

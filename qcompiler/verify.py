@@ -127,7 +127,9 @@ def _conversion(state: CompileState, node: Node) -> Iterator[str]:
         return
     zero = ir.optional_input(node, 2)
     zero_point = np.zeros((), np.int64) if zero is None else ir.value(zero)
-    if scale is None or not np.array_equal(scale, params.scale):
+    if scale is None or not (
+        np.array_equal(scale, params.scale) or (not params.scale.ndim and np.all(scale == params.scale))
+    ):
         yield f"{node.name}: its scale is not that of {integers.name!r} in the params table"
     if zero_point is None or np.any(zero_point != params.zero_point):
         yield f"{node.name}: its zero point is not that of {integers.name!r} in the params table"

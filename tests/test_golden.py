@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from textwrap import dedent
 
 import numpy as np
@@ -37,6 +37,7 @@ class Golden:
     before: str | None = ""
     signature: str = "float[1,1,2,2] x) => (float[1,1,2,2] y"
     show: Callable[[CompileState], list[str]] = field(default=lambda state: [])
+    keep_float: tuple[str, ...] = ()
 
 
 def blocks(state: CompileState) -> list[str]:
@@ -50,6 +51,11 @@ def blocks(state: CompileState) -> list[str]:
 def specs(state: CompileState) -> list[str]:
     """A line per block, and one per tensor to quantize."""
     return blocks(state) + [f"spec {name} {s.dtype} like {state.leader(name)}" for name, s in state.specs.items()]
+
+
+def placed(state: CompileState) -> list[str]:
+    """A line per block."""
+    return [f"block {b.root} {b.reason.partition(':')[0] or 'integer'}" for b in state.blocks.values()]
 
 
 def params(state: CompileState) -> list[str]:
@@ -214,6 +220,25 @@ GOLDEN: dict[str, Golden] = {
         before=None,
         show=blocks,
     ),
+    "guard-float": Golden(
+        "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[1,1]>(r) d = Conv(m, v) y = Conv(d, w)",
+        {"w": f(1, 0, 0, 1, shape=(2, 2, 1, 1)), "b": f(0, 0, shape=(2,)), "v": f(0, 1, 1, 0, shape=(2, 2, 1, 1))},
+        """
+        inputs: x:float32[1,2,2,2]
+        x_q = QuantizeLinear(x, 0.0157068, 64)
+        r_raw_q = QLinearConv(x_q, 0.0157068, 64, int8[2,2,1,1], float32[2], int8[2], 0.0117647, 0, int32[2])
+        r = DequantizeLinear{axis=1}(r_raw_q, float32[2], uint8[2])
+        m = MaxPool{kernel_shape=[1,1]}(r)
+        d = Conv(m, float32[2,2,1,1])
+        d_q = QuantizeLinear(d, 0.0117647, 0)
+        y_raw_q = QLinearConv(d_q, 0.0117647, 0, int8[2,2,1,1], float32[2], int8[2], 0.0117647, 0)
+        y = DequantizeLinear(y_raw_q, 0.0117647, 0)
+        outputs: y:float32[1,2,2,2]
+        """,
+        before=None,
+        signature="float[1,2,2,2] x) => (float[1,2,2,2] y",
+        keep_float=("m", "d"),
+    ),
     "insert-qdq": Golden(
         QUANTIZED,
         WEIGHTS,
@@ -289,6 +314,27 @@ GOLDEN: dict[str, Golden] = {
         before="normalize",
         signature="float[1,3,4,4] x) => (float[1,3,1,1] y",
     ),
+    "place": Golden(
+        "c = Conv<pads=[1,1,1,1]>(x, w) d = Conv(c, v) y = Conv(d, u)",
+        {
+            "w": np.ones((16, 3, 3, 3), np.float32),
+            "v": np.ones((64, 16, 1, 1), np.float32),
+            "u": np.ones((64, 64, 1, 1), np.float32),
+        },
+        """
+        inputs: x:float32[1,3,128,128]
+        c = Conv{pads=[1,1,1,1]}(x, float32[16,3,3,3])
+        d = Conv(c, float32[64,16,1,1])
+        y = Conv(d, float32[64,64,1,1])
+        outputs: y:float32[1,64,128,128]
+        block Conv_c faster in float here
+        block Conv_d integer
+        block Conv_y integer
+        """,
+        before=None,
+        signature="float[1,3,128,128] x) => (float[1,64,128,128] y",
+        show=placed,
+    ),
     "recompose": Golden(
         "a = Add(x, three) c = Clip(a, zero, six) m = Mul(x, c) y = Div(m, six)",
         {"three": f(3, shape=()), "zero": f(0, shape=()), "six": f(6, shape=())},
@@ -349,7 +395,10 @@ def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
 def start(golden: Golden) -> CompileState:
     model = model_from_text(f"g ({golden.signature}) {{ {golden.body} }}", golden.constants)
     target, collectors = REGISTRY.targets["ort-cpu"], REGISTRY.collectors
-    return CompileState(ir.from_proto(model), target, REGISTRY.ops, calibration=SAMPLES, collectors=collectors)
+    graph, channels = ir.from_proto(model), model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    samples = [{name: np.repeat(x, channels, axis=1) for name, x in sample.items()} for sample in SAMPLES]
+    state = CompileState(graph, target, REGISTRY.ops, calibration=samples, collectors=collectors)
+    return replace(state, keep_float=golden.keep_float)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -12,11 +12,13 @@ from qcompiler_passes.fold_constants import FoldConstants
 from qcompiler_passes.fold_pad import FoldPad
 from qcompiler_passes.fold_scales import FoldScales
 from qcompiler_passes.form_blocks import FormBlocks
+from qcompiler_passes.guard_float import GuardFloat
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.lower_integer import LowerInteger
 from qcompiler_passes.normalize import Normalize
 from qcompiler_passes.normalize_gemm import NormalizeGemm
 from qcompiler_passes.normalize_pooling import NormalizePooling
+from qcompiler_passes.place import Place
 from qcompiler_passes.recompose import Recompose
 from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.select_kernels import SelectKernels
@@ -24,9 +26,9 @@ from qcompiler_passes.targets import TARGETS
 
 _FLOAT = (
     "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-gemm,"
-    "fold-constants,form-blocks,annotate"
+    "fold-constants,form-blocks,annotate,place"
 )
-_INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,cleanup"
+_INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
 LEVELS = {
     "O0": f"{_FLOAT},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
@@ -52,11 +54,13 @@ PLUGIN = Plugin(
         FoldPad,
         FoldScales,
         FormBlocks,
+        GuardFloat,
         InsertQdq,
         LowerInteger,
         Normalize,
         NormalizeGemm,
         NormalizePooling,
+        Place,
         Recompose,
         ScaleWeights,
         SelectKernels,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -32,25 +34,33 @@ class Annotate:
         """Return the number of tensors that got a spec."""
         if state.phase >= Phase.ANNOTATED:
             return 0
-        choice = _Choice(state)
-        choice.settle()
-        for root, block in state.blocks.items():
-            reason = choice.reasons.get(root, "")
-            state.blocks[root] = replace(block, quantized=not reason, reason=reason)
-        _own_constants(state)
-        for block in state.blocks.values():
-            if block.quantized:
-                _specify(state, choice, block)
-        for block in list(state.blocks.values()):
-            if block.quantized and len(block.nodes) == 1:
-                state.blocks[block.root] = _bounded(state, choice, block)
+        annotate(state, {})
         return len(state.specs)
+
+
+def annotate(state: CompileState, reasons: Mapping[str, str]) -> None:
+    """Decide about all blocks, whatever was decided before; those with a reason stay float, and what depends on them."""
+    choice = _Choice(state, reasons)
+    choice.settle()
+    state.specs.clear()
+    state.ties.clear()
+    for root, block in state.blocks.items():
+        reason = choice.reasons.get(root, "")
+        state.blocks[root] = replace(block, quantized=not reason, reason=reason)
+    _own_constants(state)
+    for block in state.blocks.values():
+        if block.quantized:
+            _specify(state, choice, block)
+    for block in list(state.blocks.values()):
+        if len(block.nodes) == 1:
+            open_block = replace(block, low=-math.inf, high=math.inf)
+            state.blocks[block.root] = _bounded(state, choice, open_block) if block.quantized else open_block
 
 
 class _Choice:
     """Which blocks stay float, and why; every other block is quantized."""
 
-    def __init__(self, state: CompileState) -> None:
+    def __init__(self, state: CompileState, reasons: Mapping[str, str]) -> None:
         self.state = state
         self.nodes = {n.name: n for n in state.graph.nodes}
         self.rules = {
@@ -61,7 +71,7 @@ class _Choice:
         self.block_of = {name: root for root, block in state.blocks.items() for name in block.nodes}
         self.reasons: dict[str, str] = {}
         for root, block in state.blocks.items():
-            reason = self._kept(block) or self._unfit(self.nodes[root])
+            reason = self._kept(block) or self._unfit(self.nodes[root]) or reasons.get(root)
             if reason:
                 self.reasons[root] = reason
 

@@ -12,6 +12,7 @@ COMMANDS = (
     "reduce",
     "explain",
     "report",
+    "profile",
     "new-pass",
     "ops",
     "passes",

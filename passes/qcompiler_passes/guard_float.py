@@ -1,0 +1,82 @@
+"""guard-float: keep ONNX Runtime from quantizing what stays float."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qcompiler import ir
+from qcompiler.ir import Node, Tensor
+from qcompiler.rewrite import Refusal, Rewriter, apply_rules
+from qcompiler.state import CompileState, Phase
+
+
+@dataclass(frozen=True)
+class GuardFloat:
+    """Give a Q or DQ next to a float operator one scale per channel, all equal, where ONNX Runtime would change the operator.
+
+    Between a DQ with a single scale and a Q it quantizes the weights of a float Conv, ConvTranspose or Gemm, per tensor; and it
+    moves such a Q before a MaxPool, such a DQ behind it, where the kernel for integers may be many times slower. The function
+    stays the same to the bit.
+    """
+
+    name: ClassVar[str] = "guard-float"
+    requires: ClassVar[Phase] = Phase.QDQ
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state: CompileState) -> int:
+        """Return the number of Q and DQ that were changed."""
+        return apply_rules(Rewriter(state), {"QuantizeLinear": _quantize, "DequantizeLinear": _dequantize})
+
+
+def _quantize(rewriter: Rewriter, node: Node) -> Refusal | None:
+    maker = ir.producer(node.inputs[0])
+    if maker is None or maker.op != "MaxPool":
+        return Refusal("it stays where it is")
+    return _spread(rewriter, node, node.inputs[0], maker)
+
+
+def _dequantize(rewriter: Rewriter, node: Node) -> Refusal | None:
+    if ir.is_constant(node.inputs[0]):
+        return Refusal("it has no activation")
+    result = node.outputs[0]
+    trapped = [user for user in rewriter.users(result) if user.op == "MaxPool" or _is_trapped(rewriter, user, result)]
+    return _spread(rewriter, node, result, trapped[0]) if trapped else Refusal("what it feeds stays as it is")
+
+
+def _spread(rewriter: Rewriter, node: Node, tensor: Tensor, neighbour: Node) -> Refusal | None:
+    channels = _channels(tensor, neighbour)
+    if channels < 2:
+        return Refusal("there is one channel, or an unknown number", neighbour.name)
+    if ir.array(node.inputs[1]).size != 1:
+        return Refusal("it has one scale per channel", node.name)
+    for index in range(1, len(node.inputs)):
+        value = ir.array(node.inputs[index]).reshape(())
+        rewriter.set_input(node, index, rewriter.constant(node.inputs[index].name, np.full(channels, value)))
+    node.attrs["axis"] = 1
+    return None
+
+
+def _is_trapped(rewriter: Rewriter, node: Node, source: Tensor) -> bool:
+    if node.op not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is not source or node.attrs.get("transA"):
+        return False
+    weight = ir.value(node.inputs[1])
+    if weight is None or weight.dtype != np.float32:
+        return False
+    user = rewriter.only_user(node.outputs[0])
+    while user is not None and user.op in ("Relu", "Clip"):
+        user = rewriter.only_user(user.outputs[0])
+    return user is not None and user.op == "QuantizeLinear"
+
+
+def _channels(tensor: Tensor, neighbour: Node) -> int:
+    """The size of axis 1 of the tensor, from its shape or the weights of what reads it; 0 if it is unknown."""
+    weight = ir.value(neighbour.inputs[1]) if len(neighbour.inputs) > 1 else None
+    if weight is None:
+        shape = ir.shape(tensor) or ()
+        return shape[1] if len(shape) > 1 and isinstance(shape[1], int) else 0
+    if neighbour.op == "Gemm":
+        return int(weight.shape[1 if neighbour.attrs.get("transB") else 0])
+    return int(weight.shape[1] * neighbour.attrs.get("group", 1) if neighbour.op == "Conv" else weight.shape[0])

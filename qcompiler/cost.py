@@ -1,0 +1,97 @@
+"""What inference costs: the work of a model in units, and a table of what a unit takes on a machine.
+
+A table is linear. Each kind of work (`float.pointwise`, `int8.depthwise`, `quantize.map` …) has nanoseconds per node, per
+multiply-accumulate, per element read and so on, and the time of a model is the sum over its work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+
+from qcompiler.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of one kind of work. `nodes`: operators. `macs`: multiply-accumulates. `columns`: elements of the matrix that a
+    convolution is unrolled to. `reads`, `writes`: elements of activations. `weights`: elements of constants. `positions`: places
+    in space, times the size of a kernel.
+
+    Channels count as the kernels process them, rounded up.
+    """
+
+    kind: str
+    nodes: float = 1.0
+    macs: float = 0.0
+    columns: float = 0.0
+    reads: float = 0.0
+    writes: float = 0.0
+    weights: float = 0.0
+    positions: float = 0.0
+
+
+UNITS = tuple(f.name for f in fields(Work) if f.name != "kind")
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Nanoseconds per unit, by kind of work. `machine`: where it was measured, for people."""
+
+    kinds: Mapping[str, Mapping[str, float]]
+    machine: Mapping[str, str] = field(default_factory=dict)
+
+    def seconds(self, work: Work) -> float:
+        """The time of one piece of work; kinds that the table lacks cost what `float.other` or `int8.other` does."""
+        rates = self.kinds.get(work.kind)
+        if rates is None:
+            rates = self.kinds.get(f"{work.kind.partition('.')[0]}.other", {})
+        return 1e-9 * sum(rate * float(getattr(work, unit)) for unit, rate in rates.items())
+
+    def total(self, works: Iterable[Work]) -> float:
+        """The seconds of all the work."""
+        return sum(self.seconds(work) for work in works)
+
+    def to_json(self) -> str:
+        """The text of a table file."""
+        kinds = {
+            kind: {unit: float(f"{rate:.4g}") for unit, rate in rates.items() if rate}
+            for kind, rates in sorted(self.kinds.items())
+        }
+        lines = ",\n".join(f"  {json.dumps(kind)}: {json.dumps(rates)}" for kind, rates in kinds.items())
+        return f'{{"format": {FORMAT}, "machine": {json.dumps(dict(self.machine))}, "nanoseconds": {{\n{lines}\n}}}}\n'
+
+
+def read_table(path: Path) -> CostTable:
+    """Read a file that `qcompile profile` wrote. Raises UserError if it is none."""
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the profile: {error.strerror or error}", str(path)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError("this is no profile; make one with `qcompile profile -o FILE`", str(path)) from error
+
+
+def shipped_table(name: str) -> CostTable | None:
+    """The table of this name that comes with the package; None for no name."""
+    if not name:
+        return None
+    return _parse(resources.files("qcompiler").joinpath("profiles", f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _parse(text: str) -> CostTable:
+    data = json.loads(text)
+    if data["format"] != FORMAT:
+        raise ValueError("unknown format")
+    kinds = {
+        str(kind): {unit: float(rates[unit]) for unit in UNITS if unit in rates}
+        for kind, rates in data["nanoseconds"].items()
+    }
+    if not all(rate >= 0 for rates in kinds.values() for rate in rates.values()):
+        raise ValueError("a rate is negative")
+    return CostTable(kinds, {str(k): str(v) for k, v in data["machine"].items()})

@@ -1,0 +1,159 @@
+"""Measures a cost table on this machine: times small networks, and finds the rates that explain their times best.
+
+Rates are fitted to whole networks, each in float and in int8, so that they account for what ONNX Runtime does between operators
+as well: conversions, layouts, fusions.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler import ir, runtime
+from qcompiler.compile import CompileOptions, prepare
+from qcompiler.cost import UNITS, CostTable, Work
+from qcompiler.microbench import Net
+from qcompiler.pipeline import Pipeline
+from qcompiler.runtime import Session
+from qcompiler.work import Accountant, concrete_shapes
+
+Matrix = NDArray[np.float64]
+
+SLICE = 0.006
+"""Seconds of one network in each round: short, so that each is timed at many moments, of which the quietest counts."""
+
+_OTHER_DATA = np.zeros(3 << 20, np.uint8)
+"""What is touched before each run, so that weights come from where those of a large model do, not from the nearest cache."""
+
+PRIOR = 1e-3
+"""How strongly rates are drawn to zero, for those that the times do not tell apart."""
+
+OUTLIER = 0.1
+"""Relative errors beyond which a time counts less."""
+
+
+@dataclass
+class Timed:
+    """A network in one precision: its work, and the least CPU seconds of one run."""
+
+    work: list[Work]
+    runner: Session
+    sample: NDArray[np.float32]
+    seconds: float = float("inf")
+
+    def run(self) -> None:
+        """Run for a slice of time."""
+        feeds, end = {"x": self.sample}, time.perf_counter() + SLICE
+        while True:
+            _OTHER_DATA[:] += 1
+            start = time.thread_time()
+            self.runner.run(None, feeds)
+            self.seconds = min(self.seconds, time.thread_time() - start)
+            if time.perf_counter() > end:
+                return
+
+
+def measure_table(
+    networks: Sequence[Net], seconds: float = 30.0, progress: Callable[[int, int | None], None] | None = None
+) -> tuple[CostTable, float]:
+    """Time the networks in turns for about so many seconds, after compiling them, and fit the rates.
+
+    Returns the table and the median of its relative errors.
+    """
+    timed: list[Timed] = []
+    for i, net in enumerate(networks):
+        timed += compiled(net)
+        if progress is not None:
+            progress(i + 1, len(networks))
+    end = time.perf_counter() + seconds
+    while True:
+        for network in timed:
+            network.run()
+        if time.perf_counter() > end:
+            break
+    machine = {"cpu": _cpu(), "system": platform.system(), "onnxruntime": version("onnxruntime")}
+    table = CostTable(fit([t.work for t in timed], np.array([t.seconds for t in timed])), machine)
+    return table, float(np.median([abs(table.total(t.work) / t.seconds - 1) for t in timed]))
+
+
+def compiled(net: Net) -> list[Timed]:
+    """The network in float, and with all quantized that can be."""
+    model, sample = net.model(), net.sample()
+    job = prepare(model, [{"x": sample}], CompileOptions(passes="O0", keep_float=net.keep))
+    passes = [p for p in job.pipeline.passes if p.name != "place"]
+    chosen = next(i for i, p in enumerate(passes) if p.name == "annotate") + 1
+    Pipeline(tuple(passes[:chosen])).run(job.state, [])
+    shapes = concrete_shapes(job.state)
+    assert shapes is not None
+    accountant = Accountant(job.state, shapes)
+    quantized = {root for root, block in job.state.blocks.items() if block.quantized}
+    works = accountant.total(()), accountant.total(quantized)
+    Pipeline(tuple(passes[chosen:])).run(job.state, [])
+    models = model, ir.to_proto(job.state.graph)
+    return [Timed(work, runtime.session(m), sample) for work, m in zip(works, models, strict=True)]
+
+
+def fit(works: Sequence[Sequence[Work]], seconds: Matrix) -> dict[str, dict[str, float]]:
+    """Nanoseconds per unit, by kind, none negative, that make the relative errors of the sums small; outliers count less."""
+    columns: dict[tuple[str, str], int] = {}
+    entries = [
+        (row, columns.setdefault((work.kind, unit), len(columns)), amount)
+        for row, network in enumerate(works)
+        for work in network
+        for unit in UNITS
+        if (amount := float(getattr(work, unit)))
+    ]
+    matrix = np.zeros((len(works), len(columns)))
+    for row, column, amount in entries:
+        matrix[row, column] += amount / (1e9 * seconds[row])
+    scale = matrix.max(axis=0)
+    matrix /= scale
+    weight = np.ones(len(works))
+    prior = PRIOR * np.eye(len(columns))
+    for _ in range(3):
+        rates = nonnegative_least_squares(
+            np.vstack([matrix * weight[:, None], prior]), np.concatenate([weight, np.zeros(len(columns))])
+        )
+        error = np.abs(matrix @ rates - 1)
+        weight = np.minimum(1, np.sqrt(OUTLIER / np.maximum(error, 1e-9)))
+    kinds: dict[str, dict[str, float]] = {kind: {} for kind, _ in columns}
+    for (kind, unit), column in columns.items():
+        if rates[column] > 0:
+            kinds[kind][unit] = float(rates[column] / scale[column])
+    return kinds
+
+
+def nonnegative_least_squares(matrix: Matrix, target: Matrix) -> Matrix:
+    """The x >= 0 with the least |matrix @ x - target|, for columns that are independent (Lawson and Hanson 1974, chapter 23)."""
+    gram, moment = matrix.T @ matrix, matrix.T @ target
+    size = len(moment)
+    x, free = np.zeros(size), np.zeros(size, bool)
+    for _ in range(10 * size):
+        gradient = np.where(free, 0.0, moment - gram @ x)
+        if gradient.max() < 1e-10:
+            break
+        free[int(gradient.argmax())] = True
+        while True:
+            trial = np.zeros(size)
+            trial[free] = np.linalg.solve(gram[np.ix_(free, free)], moment[free])
+            negative = free & (trial <= 0)
+            if not negative.any():
+                x = trial
+                break
+            x = x + float((x[negative] / (x[negative] - trial[negative])).min()) * (trial - x)
+            free &= x > 1e-14
+    return x
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123  (no regular file)
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
