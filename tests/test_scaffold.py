@@ -18,7 +18,7 @@ def test_the_commands_of_the_document_work(tmp_path: Path) -> None:
     first = re.search(r"```console\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert first is not None
     commands = [line.removeprefix("$ ") for line in first[1].splitlines()]
-    assert commands == ["qcompile new-pass my-pass", "pip install -e my-pass", "pytest my-pass"]
+    assert commands == ["qcompile new-pass my-pass", "pip install -e 'my-pass[dev]'", "pytest my-pass"]
     box = Sandbox.make(tmp_path / "env")
     written, _, tested = (box.output(command, tmp_path) for command in commands)
     assert all(command in written for command in commands[1:])

@@ -21,5 +21,5 @@ def command(name: str, folder: Path | None) -> None:
     folder = Path(name) if folder is None else folder
     for path in new_pass(name, folder, load_registry().passes):
         click.echo(f"wrote {path}")
-    where = shlex.quote(str(folder))
-    click.echo(f"next:\n  pip install -e {where}\n  pytest {where}\n  qcompile passes {name}")
+    where, with_tests = shlex.quote(str(folder)), shlex.quote(f"{folder}[dev]")
+    click.echo(f"next:\n  pip install -e {with_tests}\n  pytest {where}\n  qcompile passes {name}")
