@@ -21,7 +21,10 @@ def net(size: tuple[int, int], weight: tuple[int, ...], attributes: str, behind:
     """A Conv with a bias on an image, and what is behind it; `c` is its result, `y` the last one."""
     text = f"g (float[1,{weight[1]},{size[0]},{size[1]}] x) => (float[1,?,?,?] y) {{ "
     text += f"{'c' if behind else 'y'} = Conv<{attributes}>(x, w, b) {behind} }}"
-    arrays = {"w": RNG.standard_normal(weight).astype(np.float32), "b": RNG.standard_normal(weight[0]).astype(np.float32)}
+    arrays = {
+        "w": RNG.standard_normal(weight).astype(np.float32),
+        "b": RNG.standard_normal(weight[0]).astype(np.float32),
+    }
     return onnx.shape_inference.infer_shapes(model_from_text(text, arrays))
 
 

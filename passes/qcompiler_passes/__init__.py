@@ -6,11 +6,13 @@ from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.correct_bias import CorrectBias
+from qcompiler_passes.expand_activations import ExpandActivations
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
 from qcompiler_passes.fold_bias import FoldBias
 from qcompiler_passes.fold_constants import FoldConstants
 from qcompiler_passes.fold_pad import FoldPad
 from qcompiler_passes.fold_scales import FoldScales
+from qcompiler_passes.fold_width import FoldWidth
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.guard_float import GuardFloat
 from qcompiler_passes.insert_qdq import InsertQdq
@@ -18,15 +20,17 @@ from qcompiler_passes.lower_integer import LowerInteger
 from qcompiler_passes.normalize import Normalize
 from qcompiler_passes.normalize_gemm import NormalizeGemm
 from qcompiler_passes.normalize_pooling import NormalizePooling
+from qcompiler_passes.pad_channels import PadChannels
 from qcompiler_passes.place import Place
 from qcompiler_passes.recompose import Recompose
 from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.select_kernels import SelectKernels
+from qcompiler_passes.split_groups import SplitGroups
 from qcompiler_passes.targets import TARGETS
 
 _FLOAT = (
     "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-gemm,"
-    "fold-constants,form-blocks,annotate,place"
+    "fold-constants,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
 )
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
@@ -48,11 +52,13 @@ PLUGIN = Plugin(
         Calibrate,
         Cleanup,
         CorrectBias,
+        ExpandActivations,
         FoldBatchnorm,
         FoldBias,
         FoldConstants,
         FoldPad,
         FoldScales,
+        FoldWidth,
         FormBlocks,
         GuardFloat,
         InsertQdq,
@@ -60,10 +66,12 @@ PLUGIN = Plugin(
         Normalize,
         NormalizeGemm,
         NormalizePooling,
+        PadChannels,
         Place,
         Recompose,
         ScaleWeights,
         SelectKernels,
+        SplitGroups,
     ),
     targets=TARGETS,
     pipelines={"default": DEFAULT_PIPELINE, **LEVELS},

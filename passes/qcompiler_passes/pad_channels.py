@@ -73,30 +73,28 @@ class _Group:
 
     def wanted(self, target: Alignment) -> int:
         """The number of channels with which the group is fastest."""
-        depthwise = any(_is_depthwise(n) for n in self.members)
-        unit = target.depthwise if depthwise else math.lcm(target.inputs, target.outputs)
+        unit = target.depthwise if any(_is_depthwise(n) for n in self.members) else _dense_unit(target)
         new = max(-(-self.channels // unit) * unit, target.least)
         if not any(n.op == "Conv" for n in self.members) or new > 2 * self.channels:
             return self.channels
-        return new if self._gain(new, unit) > 0 else self.channels
+        return new if sum(self._gain(n, new, target) for n in self.members) > 0 else self.channels
 
-    def _gain(self, new: int, unit: int) -> float:
-        """Nanoseconds saved by `new` channels."""
-        more, gain = new - self.channels, 0.0
-        for node in self.members:
-            pixels = _pixels(node.outputs[0])
-            if _is_depthwise(node):
-                slow = SLOW_DEPTHWISE if self.channels % unit else FAST_DEPTHWISE
-                gain += pixels * (slow * self.channels - FAST_DEPTHWISE * new)
-            elif node.op == "Conv":
-                outputs, inputs, *kernel = ir.array(node.inputs[1]).shape
-                per_channel = sum((inputs * self.holds(node.outputs[0]), outputs * self.holds(node.inputs[0])))
-                gain += pixels * (UNALIGNED * bool(self.channels % unit and pixels > 1))
-                gain -= pixels * PRODUCT * per_channel * more * math.prod(kernel)
-            else:
-                size = max(pixels, _pixels(node.inputs[0]))
-                gain -= size * more * ELEMENT.get(node.op, OTHER_ELEMENT)
-        return gain
+    def _gain(self, node: Node, new: int, target: Alignment) -> float:
+        """Nanoseconds that a node saves with `new` channels."""
+        more, pixels = new - self.channels, _pixels(node.outputs[0])
+        if _is_depthwise(node):
+            before = SLOW_DEPTHWISE if self.channels % target.depthwise else FAST_DEPTHWISE
+            return pixels * (before * self.channels - FAST_DEPTHWISE * new)
+        if node.op == "Conv":
+            outputs, inputs, *kernel = ir.array(node.inputs[1]).shape
+            per_channel = inputs * self.holds(node.outputs[0]) + outputs * self.holds(node.inputs[0])
+            slow = self.channels % _dense_unit(target) and pixels > 1
+            return pixels * ((UNALIGNED if slow else 0.0) - float(PRODUCT * per_channel * more * math.prod(kernel)))
+        return -max(pixels, _pixels(node.inputs[0])) * more * ELEMENT.get(node.op, OTHER_ELEMENT)
+
+
+def _dense_unit(target: Alignment) -> int:
+    return math.lcm(target.inputs, target.outputs)
 
 
 def _pixels(tensor: Tensor) -> int:
