@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import UserError, compile_model, runtime
-from qcompiler.compile import MAX_HELD_BACK, Split
 from qcompiler.data import as_source
 from qcompiler.load import input_specs, load_model
 from qcompiler.report import Layer, Report
+from qcompiler.split import MAX_HELD_BACK, Split
 from tests.support import assert_same_function, model_from_text, ops_of, run
 
 NET = """
@@ -95,7 +95,7 @@ def test_per_tensor_weights() -> None:
         dequantize = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
         return {constants[n.input[1]].size for n in dequantize if n.input[1] in constants}
 
-    assert 16 in scales(False)
+    assert 64 in scales(False)  # 16 filters, for each of the 4 columns that fold-width makes one
     assert scales(True) == {1}
 
 
@@ -154,7 +154,7 @@ def test_levels_are_pipelines() -> None:
 def test_a_level_goes_with_a_form_and_a_collector() -> None:
     report = compile_model(net(), samples(4), level=0, emit="qdq", collector="omse", compare=False).report
     assert report.emit == "qdq"
-    assert "calibrate,align-scales,scale-weights{search=false},insert-qdq,cleanup" in report.pipeline
+    assert "calibrate,align-scales,scale-weights{search=false},insert-qdq,guard-float,cleanup" in report.pipeline
     named = compile_model(net(), samples(4), passes="O0", emit="qdq", collector="omse", compare=False).report
     assert named.pipeline == report.pipeline
 
@@ -418,7 +418,7 @@ def test_a_full_temporary_folder_only_costs_the_kernel_counts(monkeypatch: pytes
     def full(model: onnx.ModelProto) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(runtime, "optimized_ops", full)
+    monkeypatch.setattr(runtime, "optimized", full)
     report = compile_model(net(), samples(4)).report
     assert report.kernels == {}
     assert report.speed is not None

@@ -37,7 +37,7 @@ class Golden:
     before: str | None = ""
     signature: str = "float[1,1,2,2] x) => (float[1,1,2,2] y"
     show: Callable[[CompileState], list[str]] = field(default=lambda state: [])
-    keep_float: tuple[str, ...] = ()
+    keep_float: Mapping[str, str] = field(default_factory=dict)
 
 
 def blocks(state: CompileState) -> list[str]:
@@ -147,6 +147,20 @@ GOLDEN: dict[str, Golden] = {
         """,
         before=None,
     ),
+    "expand-activations": Golden(
+        "c = Conv(x, w, b) y = HardSwish(c)",
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        c_scaled = Conv(x, 0.204124, 0.102062)
+        HardSwish_y_clip = Clip(c_scaled, -1.22474)
+        HardSwish_y_add = Add(HardSwish_y_clip, 1.22474)
+        HardSwish_y_clip_1 = Clip(HardSwish_y_add, 0, 2.44949)
+        y = Mul(HardSwish_y_clip, HardSwish_y_clip_1)
+        outputs: y:float32[1,1,2,2]
+        """,
+        before="normalize",
+    ),
     "fold-batchnorm": Golden(
         "c = Conv(x, w) y = BatchNormalization<epsilon = 0.0>(c, s, t, m, q)",
         {"w": f(0.5), **{k: f(v, shape=(1,)) for k, v in {"s": 6, "t": 1, "m": 2, "q": 4}.items()}},
@@ -203,6 +217,23 @@ GOLDEN: dict[str, Golden] = {
         """,
         before=None,
     ),
+    "fold-width": Golden(
+        "y = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w)",
+        {"w": np.ones((16, 3, 3, 3), np.float32)},
+        """
+        inputs: x:float32[1,3,8,8]
+        x_transposed = Transpose{perm=[0,2,3,1]}(x)
+        x_reshaped = Reshape(x_transposed, int64[4])
+        x_reshaped_transposed = Transpose{perm=[0,3,1,2]}(x_reshaped)
+        y_raw = Conv{kernel_shape=[3,2], pads=[1,1,1,0], strides=[2,1]}(x_reshaped_transposed, float32[32,12,3,2])
+        y_raw_transposed = Transpose{perm=[0,2,3,1]}(y_raw)
+        y_raw_reshaped = Reshape(y_raw_transposed, int64[4])
+        y = Transpose{perm=[0,3,1,2]}(y_raw_reshaped)
+        outputs: y:float32[1,16,4,4]
+        """,
+        before="normalize",
+        signature="float[1,3,8,8] x) => (float[1,16,4,4] y",
+    ),
     "form-blocks": Golden(
         QUANTIZED,
         WEIGHTS,
@@ -237,7 +268,7 @@ GOLDEN: dict[str, Golden] = {
         """,
         before=None,
         signature="float[1,2,2,2] x) => (float[1,2,2,2] y",
-        keep_float=("m", "d"),
+        keep_float={"m": "as asked", "d": "as asked"},
     ),
     "insert-qdq": Golden(
         QUANTIZED,
@@ -314,6 +345,19 @@ GOLDEN: dict[str, Golden] = {
         before="normalize",
         signature="float[1,3,4,4] x) => (float[1,3,1,1] y",
     ),
+    "pad-channels": Golden(
+        "c = Conv(x, w) r = Relu(c) y = Conv(r, v)",
+        {"w": np.ones((18, 4, 1, 1), np.float32), "v": np.ones((4, 18, 1, 1), np.float32)},
+        """
+        inputs: x:float32[1,4,8,8]
+        c = Conv(x, float32[20,4,1,1])
+        r = Relu(c)
+        y = Conv(r, float32[4,20,1,1])
+        outputs: y:float32[1,4,8,8]
+        """,
+        before="normalize",
+        signature="float[1,4,8,8] x) => (float[1,4,8,8] y",
+    ),
     "place": Golden(
         "c = Conv<pads=[1,1,1,1]>(x, w) d = Conv(c, v) y = Conv(d, u)",
         {
@@ -331,7 +375,7 @@ GOLDEN: dict[str, Golden] = {
         block Conv_d integer
         block Conv_y integer
         """,
-        before=None,
+        before="normalize,form-blocks,annotate",
         signature="float[1,3,128,128] x) => (float[1,64,128,128] y",
         show=placed,
     ),
@@ -378,6 +422,22 @@ GOLDEN: dict[str, Golden] = {
         outputs: y:float32[1,1,2,2]
         """,
         before=None,
+    ),
+    "split-groups": Golden(
+        "c = Conv<group=16>(x, w) y = Relu(c)",
+        {"w": np.ones((64, 4, 1, 1), np.float32)},
+        """
+        inputs: x:float32[1,64,8,8]
+        x_part, x_part_1 = Split{axis=1}(x, int64[2])
+        c_part = Conv{group=1}(x_part, float32[32,32,1,1])
+        y_part = Relu(c_part)
+        c_part_1 = Conv{group=1}(x_part_1, float32[32,32,1,1])
+        y_part_1 = Relu(c_part_1)
+        y = Concat{axis=1}(y_part, y_part_1)
+        outputs: y:float32[1,64,8,8]
+        """,
+        before="normalize",
+        signature="float[1,64,8,8] x) => (float[1,64,8,8] y",
     ),
 }
 
