@@ -15,7 +15,7 @@ from tests.support import model_from_text
 from tests.test_cli import Run, folder, qcompile  # noqa: F401  (fixtures)
 
 NET = """
-net (float[1,3,8,8] x) => (float[1,5] y, float[1,8,4,4] z) {
+net (float[1,4,8,8] x) => (float[1,5] y, float[1,8,4,4] z) {
     c = Conv<pads = [1, 1, 1, 1]>(x, w)
     n = BatchNormalization(c, scale, shift, mean, var)
     r = Clip(n, zero, six)
@@ -32,7 +32,7 @@ net (float[1,3,8,8] x) => (float[1,5] y, float[1,8,4,4] z) {
 def net() -> onnx.ModelProto:
     """A net with a BatchNormalization to fold, a Clip to absorb, a Softmax that stays float, and nodes without names."""
     rng = np.random.default_rng(0)
-    shapes = {"w": (8, 3, 3, 3), "v": (8, 8, 2, 2), "u": (8, 5), "scale": 8, "shift": 8, "mean": 8}
+    shapes = {"w": (8, 4, 3, 3), "v": (8, 8, 2, 2), "u": (8, 5), "scale": 8, "shift": 8, "mean": 8}
     constants = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     constants |= {"var": np.ones(8, np.float32), "zero": np.float32(0), "six": np.float32(6)}
     model = model_from_text(NET, constants)
@@ -42,7 +42,7 @@ def net() -> onnx.ModelProto:
 
 
 def stories(pattern: str, **options: object) -> list[Story]:
-    samples = np.random.default_rng(1).standard_normal((6, 3, 8, 8)).astype(np.float32)
+    samples = np.random.default_rng(1).standard_normal((6, 4, 8, 8)).astype(np.float32)
     return explain(net(), pattern, samples, CompileOptions(**options))  # type: ignore[arg-type]
 
 
@@ -129,7 +129,7 @@ def test_the_command(qcompile: Run) -> None:  # noqa: F811
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "/conv  Conv -> c"
-    assert lines[-1].split()[:2] == ["becomes", "QLinearConv"]
+    assert ["becomes", "QLinearConv"] in [line.split()[:2] for line in lines]
     assert "    + " not in out
     assert "    + " in qcompile("explain", "net.onnx", "/conv", "--calib", "calib", "-v")[1]
 
@@ -139,7 +139,7 @@ def test_the_command_without_data_ends_at_the_choice(qcompile: Run) -> None:  # 
     told = json.loads(out)
     assert code == 0
     assert [story["op"] for story in told] == ["Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"]
-    [block] = told[0]["blocks"]
+    block = next(block for block in told[0]["blocks"] if block["nodes"][0] == "/conv")
     assert (block["quantized"], block["bounds"]) == (True, [0.0, None])
     assert block["tensors"][0]["scale"] is None
     assert qcompile("explain", "net.onnx", "/cov")[0] == 2
