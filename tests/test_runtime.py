@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -105,6 +107,31 @@ def test_low_memory_order_changes_no_result(model):
     [a] = runtime.run(runtime.session(model), FEEDS)
     [b] = runtime.run(runtime.session(model, low_memory=True), FEEDS)
     np.testing.assert_array_equal(a, b)
+
+
+def test_consume_leaves_the_model_empty(model):
+    [wanted] = runtime.run(runtime.session(model), FEEDS)
+    [got] = runtime.run(runtime.session(model, consume=True), FEEDS)
+    np.testing.assert_array_equal(got, wanted)
+    assert model.ByteSize() == 0
+
+
+def test_a_session_does_not_keep_the_bytes_of_its_model(model):
+    data = model.SerializeToString()
+    count = sys.getrefcount(data)
+    session = runtime.session(data)
+    assert sys.getrefcount(data) == count
+    runtime.run(session, FEEDS)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_run_all_returns_the_rows_in_order(model, workers, monkeypatch):
+    monkeypatch.setattr(runtime, "WORKERS", workers)
+    session = runtime.session(model)
+    samples = [{"x": FEEDS["x"] * scale} for scale in (1, 2, 3, 4, 5, 6, 7)]
+    for [got], feeds in zip(runtime.run_all(session, samples), samples, strict=True):
+        np.testing.assert_array_equal(got, runtime.run(session, feeds)[0])
+    assert runtime.run_all(session, []) == []
 
 
 def test_profile_writes_a_trace(model, tmp_path):
