@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ import onnx
 
 from qcompiler import emit as emitter
 from qcompiler import ir
-from qcompiler.data import Preprocess, Source, as_source
+from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
+from qcompiler.evaluate import Judge, judge
 from qcompiler.instrument import Dump, Operators, Reproducer, Timing, Verify
 from qcompiler.load import input_specs, load_model
-from qcompiler.measure import measure
+from qcompiler.measure import evaluate, measure
+from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
-from qcompiler.report import Report, layers_of
+from qcompiler.report import Reached, Report, layers_of
 from qcompiler.snapshot import Data, Recipe
-from qcompiler.state import CompileState, Feeds
+from qcompiler.split import Split
+from qcompiler.state import CompileState
 from qcompiler.target import Target
 
 DEFAULT_TARGET = "ort-cpu"
@@ -32,8 +35,6 @@ LAST_PASS = {"qdq": "insert-qdq", "integer": "fold-scales", "kernels": None}
 
 LAST = ("guard-float", "cleanup")
 """The passes that end the pipeline of every form."""
-
-MAX_HELD_BACK = 16
 
 Progress = Callable[[int, int | None], None]
 """Called with the number of samples done, and of all samples if it is known."""
@@ -53,7 +54,7 @@ class CompileOptions:
     profile: str | Path | None = None
     passes: str | None = None
     until: str | None = None
-    keep_float: Iterable[str] = ()
+    keep_float: Iterable[str] | Mapping[str, str] = ()
     preprocess: Preprocess | None = None
     load: Iterable[str | Path] = ()
     progress: Progress | None = None
@@ -98,7 +99,7 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
         ir.from_proto(float_model),
         target,
         registry.ops,
-        keep_float=tuple(options.keep_float),
+        keep_float=_reasons(options.keep_float),
         collectors=registry.collectors,
         calibration=split,
         progress=options.progress,
@@ -109,6 +110,12 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
         name, str(planned), tuple(str(Path(p).absolute()) for p in options.load), _data(calib, split, options)
     )
     return Job(state, pipeline, float_model, split, registry, recipe)
+
+
+def _reasons(patterns: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    if isinstance(patterns, Mapping):
+        return dict(patterns)
+    return {pattern: f"kept in float as {pattern!r} asks" for pattern in patterns}
 
 
 def _data(calib: Any, split: Split | None, options: CompileOptions) -> Data | None:
@@ -127,6 +134,9 @@ def compile_model(
     dump_changed: bool = False,
     reproduce: str | Path | None = None,
     instruments: Sequence[Instrument] = (),
+    eval: Any = None,
+    min_sqnr: float | None = None,
+    max_drop: float | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a float ONNX model to int8; write it if `output` is given.
@@ -135,18 +145,28 @@ def compile_model(
     verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples that
     are held back from calibration. dump: a folder for a snapshot after every pass, or with dump_changed after those that
     changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
-    passes. options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same.
-    level: 0 (fast to compile) to 3 (most accurate). collector: how ranges are measured. samples: use at most so many. target, per_tensor: the hardware, one weight scale per
-    tensor. optimize: `latency`, `size` or `integer`. profile: a file of `qcompile profile`. keep_float: patterns of node or output names. passes: a pipeline in text form instead of the default one, until: a
-    pass or phase to stop after. preprocess: of images. load: plug-in files. progress: called with samples done and in all.
+    passes. eval: labelled data or a function that judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and
+    cheapest layers in float that it takes for so many dB at every output, or to lose no more of the metric.
+
+    options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same. level: 0
+    (fast to compile) to 3 (most accurate). collector: how ranges are measured. samples: use at most so many. target, per_tensor:
+    the hardware, one weight scale per tensor. optimize: `latency`, `size` or `integer`. profile: a file of `qcompile profile`.
+    keep_float: patterns of node or output names, or a mapping from such to reasons. passes: a pipeline in text form instead of
+    a level, until: a pass or phase to stop after. preprocess: of images. load: plug-in files. progress: called with samples
+    done and in all.
 
     Raises UserError for whatever the caller can mend.
     """
     target_path = None if output is None else Path(output)
     if target_path is not None:
         emitter.check_path(target_path, None if isinstance(model, onnx.ModelProto) else Path(model))
-    choices = CompileOptions(**options)
+    choices, goal = CompileOptions(**options), Goal(min_sqnr, max_drop)
     job = prepare(model, calib, choices)
+    judged = None if eval is None else judge(eval, input_specs(job.float_model), choices.preprocess)
+    reached = _keep_for(goal, job, judged) if goal else None
+    if reached is not None:
+        choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
+        job = prepare(model, calib, choices)
     timing, operators = Timing(), Operators()
     watchers: list[Instrument] = [timing, *instruments, operators]
     watchers += [Dump(Path(dump), job.recipe, dump_changed)] if dump is not None else []
@@ -174,9 +194,23 @@ def compile_model(
         _describe_samples(report, job.split)
         if compare:
             measure(report, job.float_model, compiled, job.split.held_back)
+    if judged is not None:
+        report.score = evaluate(judged, job.float_model, compiled)
+    report.reached = reached
     if target_path is not None:
         emitter.write(compiled, target_path)
     return CompileResult(compiled, report, target_path)
+
+
+def _keep_for(goal: Goal, job: Job, judged: Judge | None) -> Reached:
+    """The layers that have to stay float for a goal, found on copies of the job's state."""
+    if goal.max_drop is not None and judged is None:
+        raise UserError("it needs --eval, to tell what a model loses", "--max-drop")
+    if job.split is None:
+        raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
+    probes = job.split.spread(PROBES)
+    figures = figures_of(job.float_model, job.split.held_back, judged if goal.max_drop is not None else None)
+    return reach(Trials(job.state, job.pipeline, probes, figures), goal)
 
 
 def finish(job: Job, reproducer: Reproducer | None = None) -> onnx.ModelProto:
@@ -205,51 +239,6 @@ def _describe_samples(report: Report, split: Split) -> None:
     report.samples, report.held_back = len(split), len(split.held_back)
     if split.shared:
         report.notes.append("the only sample serves both calibration and comparison: give more")
-
-
-@dataclass
-class Split:
-    """The samples that calibrate: all but a tenth (1 to 16, evenly spread), which is held back for the comparison.
-
-    A single sample serves both. Held-back samples are kept when they come by, so that no file is read twice.
-    """
-
-    source: Source
-    _held: dict[int, Feeds] = field(default_factory=dict)
-
-    @property
-    def shared(self) -> bool:
-        """Whether one sample serves both ends."""
-        return len(self.source) == 1
-
-    @property
-    def held_back(self) -> list[Feeds]:
-        """The samples for the comparison."""
-        if not self._held:
-            for _ in self:
-                pass
-        return list(self._held.values())
-
-    def spread(self, count: int) -> list[Feeds]:
-        """At most so many of the samples that calibrate, evenly spread."""
-        count = min(count, len(self))
-        chosen = {i * len(self) // count for i in range(count)}
-        return [feeds for i, feeds in enumerate(self) if i in chosen]
-
-    def __len__(self) -> int:
-        return 1 if self.shared else len(self.source) - self._count()
-
-    def __iter__(self) -> Iterator[Feeds]:
-        total, held = len(self.source), self._count()
-        for i, feeds in enumerate(self.source):
-            if i * held // total != (i + 1) * held // total:
-                self._held[i] = feeds
-                if not self.shared:
-                    continue
-            yield feeds
-
-    def _count(self) -> int:
-        return min(MAX_HELD_BACK, max(1, len(self.source) // 10))
 
 
 def _target(registry: Registry, target: str | Target, per_tensor: bool) -> Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,13 +71,15 @@ class Correction:
 class Gate:
     """Where an activation is rounded, behind a quantized layer or before one. `tensor`: what its readers get; `params`: how it is
     rounded, None if that changes nothing. `layer`: the layer that makes it (`made`), or the first quantized one that reads it.
-    `users`: it is rounded if one of these is quantized. `bounds`: of the layer that makes it, if its bias corrects errors.
+    `moved`: that layer only moves what is rounded already. `users`: it is rounded if one of these is quantized. `bounds`: of the
+    layer that makes it, if its bias corrects errors.
     """
 
     tensor: Tensor
     params: QuantParams | None
     layer: str
     made: bool
+    moved: bool
     users: tuple[str, ...]
     bounds: Bounds | None
 
@@ -134,7 +136,20 @@ class GatedModel:
     def _add_gates(self) -> list[Gate]:
         gates = [self._gate(t) for t in list(ir.tensors(self.graph)) if not ir.is_constant(t) and not t.is_empty()]
         order = {t.name: i for i, t in enumerate(ir.tensors(self.graph))}
-        return sorted((gate for gate in gates if gate), key=lambda gate: order[gate.tensor.name])
+        found = {gate.tensor.name: gate for gate in gates if gate}
+        for name in sorted(found, key=lambda name: -order[name]):
+            for source in self._sources(found[name]):
+                if source in found:
+                    users = dict.fromkeys([*found[source].users, *found[name].users])
+                    found[source] = replace(found[source], users=tuple(users))
+        return sorted(found.values(), key=lambda gate: order[gate.tensor.name])
+
+    def _sources(self, gate: Gate) -> list[str]:
+        """The tensors whose rounded values a gate passes on: they stay rounded as long as this one would be."""
+        if not gate.moved:
+            return []
+        node = self.layers[gate.layer]
+        return [node.inputs[i].name for i in self._rule(node).activations(node)]
 
     def _gate(self, tensor: Tensor) -> Gate | None:
         """Put an Identity behind a tensor, for all readers if an integer layer makes it, else for those that are integer."""
@@ -151,14 +166,9 @@ class GatedModel:
         self.graph.nodes.append(ir.Node("Identity", f"{tensor.name}_gate", {}, [tensor], [behind]))
         if maker:
             self.outputs = [behind if t is tensor else t for t in self.outputs]
-        return Gate(
-            behind,
-            None if tensor.name in self._moved else params,
-            users[0],
-            maker is not None,
-            users,
-            self._bounds(maker),
-        )
+        moved = tensor.name in self._moved
+        rounding = None if moved else params
+        return Gate(behind, rounding, users[0], maker is not None, moved, users, self._bounds(maker))
 
     def _bounds(self, maker: str | None) -> Bounds | None:
         if maker is None or maker not in self.state.corrected:

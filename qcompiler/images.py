@@ -88,26 +88,34 @@ class ImageReader:
     def read(self, path: Path) -> Array:
         """Decode one file. Raises `UserError` if it is damaged, too large or too small."""
         with reading(path, "not a readable image"):
-            image = self._shaped(_decode(path, _MODES[self._channels]), path)
-            pixels = np.asarray(image).reshape(image.height, image.width, self._channels)
+            return self._array(_decode(path, _MODES[self._channels]), str(path))
+
+    def convert(self, pixels: Array, where: str) -> Array:
+        """Convert pixels in memory: uint8, shape [H, W] or [H, W, 1, 3 or 4]. Raises `UserError` if they are too small."""
+        plain = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
+        return self._array(Image.fromarray(plain).convert(_MODES[self._channels]), where)
+
+    def _array(self, picture: Image.Image, where: str) -> Array:
+        image = self._shaped(picture, where)
+        pixels = np.asarray(image).reshape(image.height, image.width, self._channels)
         if self._plan.bgr:
             pixels = pixels[..., [2, 1, 0, 3][: self._channels]] if self._channels > 1 else pixels
         planes = [table[pixels[..., channel]] for channel, table in enumerate(self._table)]
         array = np.stack(planes, axis=-1 if self._channels_last else 0)
         return array[np.newaxis] if self.batch.names else array
 
-    def _shaped(self, image: Image.Image, path: Path) -> Image.Image:
+    def _shaped(self, image: Image.Image, where: str) -> Image.Image:
         filter_ = Image.Resampling[self._plan.filter.upper()]
         height, width = self._size
         if self._plan.resize is None and height is not None and width is not None:
             return ImageOps.fit(image, (width, height), filter_)
         wide, high = _scaled(image.size, self._size, self._plan.resize)
         if wide * high > _MAX_PIXELS:
-            raise UserError(f"the image is too elongated: resized, it is {wide} x {high} pixels", str(path))
+            raise UserError(f"the image is too elongated: resized, it is {wide} x {high} pixels", where)
         image = image if (wide, high) == image.size else image.resize((wide, high), filter_)
         height, width = height or high, width or wide
         if wide < width or high < height:
-            raise UserError(f"resized to {wide} x {high}, the image is smaller than {width} x {height}", str(path))
+            raise UserError(f"resized to {wide} x {high}, the image is smaller than {width} x {height}", where)
         left, top = round((wide - width) / 2), round((high - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
@@ -132,6 +140,24 @@ class ImageRecord:
         """Yield the chosen items."""
         for _ in indices:
             yield {self.reader.spec.name: self.reader.read(self.path)}
+
+
+@dataclass(frozen=True)
+class PixelRecord:
+    """Images in memory: uint8, shape [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels."""
+
+    pixels: Array
+    reader: ImageReader
+    where: str
+
+    def count(self) -> int:
+        """Return the number of items."""
+        return len(self.pixels)
+
+    def items(self, indices: Sequence[int]) -> Iterator[Sample]:
+        """Yield the chosen items."""
+        for index in indices:
+            yield {self.reader.spec.name: self.reader.convert(self.pixels[index], f"{self.where}, image {index}")}
 
 
 def _batch(name: str, shape: tuple[int | str | None, ...]) -> Batch:

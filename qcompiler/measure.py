@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 
 from qcompiler import runtime
-from qcompiler.report import OutputMatch, Report, Speed
+from qcompiler.evaluate import Judge
+from qcompiler.report import OutputMatch, Report, Score, Speed
 from qcompiler.runtime import Session
 from qcompiler.state import Feeds
+from qcompiler.traps import find_traps
 
 RACE_SECONDS = 0.3
 
@@ -23,9 +25,17 @@ def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, sam
     seconds = runtime.race(a, b, dict(samples[0]), RACE_SECONDS)
     report.speed = Speed(*(round(1e3 * s, 4) for s in seconds))
     try:
-        report.kernels = dict(runtime.optimized_ops(after).most_common())
+        running = runtime.optimized(after)
+        report.kernels = dict(runtime.count_ops(running).most_common())
+        report.notes += find_traps(after, running) if report.emit == "kernels" else []
     except (OSError, RuntimeError):  # it goes through a temporary file
         report.notes.append("the kernels are not counted: the temporary folder cannot be written")
+
+
+def evaluate(judge: Judge, before: onnx.ModelProto, after: onnx.ModelProto) -> Score:
+    """What the judge says of both models."""
+    scores = (judge.score(runtime.session(model, threads=0)) for model in (before, after))
+    return Score(judge.name, judge.unit, judge.samples, *scores)
 
 
 def compare(before: Session, after: Session, samples: Sequence[Feeds]) -> list[OutputMatch]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from typing import Any
 
 from qcompiler.instrument import PassTime
@@ -45,6 +46,59 @@ class Speed:
     int8_ms: float
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a metric says of both models, the higher the better. `unit`: `%` or nothing; `samples`: 0 if it does not say."""
+
+    name: str
+    unit: str
+    samples: int
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        before, after = (f"{value:.2f} %" if self.unit else f"{value:.5g}" for value in (self.before, self.after))
+        return f"{before} -> {after}" + (f" ({self.samples} samples)" if self.samples else "")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model achieves: the SQNR of its worst output in dB (None if exact), and what a metric loses."""
+
+    sqnr: float | None
+    drop: float | None = None
+
+    def __str__(self) -> str:
+        near = "exact" if self.sqnr is None else f"{self.sqnr:.1f} dB"
+        return near if self.drop is None else f"{near}, {self.drop:.2f} % lost"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How a goal was reached. `kept`: the layers in float, of `layers` that could be quantized; `without`: the figures with
+    all of them quantized; `figures`: with these in float; `trials`: how often the model was compiled to find them.
+    """
+
+    goal: str
+    kept: tuple[str, ...]
+    layers: int
+    without: Figures
+    figures: Figures
+    trials: int
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Pattern of a layer's name -> why it stays float."""
+        return {escape(name): f"kept in float to {self.goal}" for name in self.kept}
+
+    def __str__(self) -> str:
+        if not self.kept:
+            return f"{self.goal}: {self.figures} with no layer kept in float"
+        names = ", ".join(self.kept[:MAX_GROUPS]) + (", ..." if len(self.kept) > MAX_GROUPS else "")
+        share = f"{len(self.kept)} of {self.layers} layers kept in float"
+        return f"{self.goal}: {self.figures} with {share}, {self.without} with none: {names}"
+
+
 @dataclass
 class Report:
     """The facts of one compilation. `emit`: the phase that was reached. `kernels`: operators that ONNX Runtime really runs.
@@ -66,6 +120,8 @@ class Report:
     speed: Speed | None = None
     predicted: tuple[float, float] | None = None
     kernels: dict[str, int] = field(default_factory=dict)
+    score: Score | None = None
+    reached: Reached | None = None
     notes: list[str] = field(default_factory=list)
     passes: list[PassTime] = field(default_factory=list)
 
@@ -83,6 +139,10 @@ class Report:
             nearest = self.outputs if verbose else sorted(self.outputs, key=_badness)[:3]
             worst = ", ".join(f"{_match(o)} {o.name}" for o in nearest)
             yield "accuracy", f"{worst} (SQNR, {held}; {self.samples} calibrated)"
+        if self.score:
+            yield self.score.name, str(self.score)
+        if self.reached:
+            yield "goal", str(self.reached)
         before, after = self.bytes
         yield "size", f"{_bytes(before)} -> {_bytes(after)} ({_ratio(before, after, 'smaller', 'larger')})"
         if self.speed:

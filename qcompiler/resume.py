@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from qcompiler import emit, ir, snapshot
-from qcompiler.compile import Progress, Split
+from qcompiler.compile import Progress
 from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
 from qcompiler.instrument import Dump, Verify
@@ -19,6 +19,7 @@ from qcompiler.load import input_specs
 from qcompiler.pipeline import Instrument, Pipeline, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.snapshot import Data, Recipe, Snapshot
+from qcompiler.split import Split
 from qcompiler.state import CompileState, Feeds
 
 

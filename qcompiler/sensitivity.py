@@ -98,11 +98,17 @@ class Sensitivity:
         """The predicted SQNR of the worst output in dB; None if nothing is rounded."""
         return decibel(float(self.noise(kept).max(initial=0)))
 
+    @property
+    def noisy(self) -> list[str]:
+        """The layers that round something; others pass on what is rounded already."""
+        makers = {rounding.layer for rounding in self.roundings}
+        return [name for name in self.layers if name in makers]
+
     def ranking(self) -> list[Row]:
-        """The layers, the most harmful first."""
+        """The layers that round something, the most harmful first."""
         everything = np.maximum(self.noise(), np.finfo(np.float64).tiny)
         cost = sum(layer.cost for layer in self.layers.values()) or 1.0
-        parts = {name: [np.zeros(len(self.outputs)), np.zeros(len(self.outputs))] for name in self.layers}
+        parts = {name: [np.zeros(len(self.outputs)), np.zeros(len(self.outputs))] for name in self.noisy}
         for rounding in self.roundings:
             parts[rounding.layer][rounding.weights] += rounding.noise
         rows = []

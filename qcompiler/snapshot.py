@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qcompiler import __version__, emit, ir
 from qcompiler.errors import UserError
@@ -134,7 +135,7 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "calibration": _data_to_json(recipe.data, state.phase),
         "phase": state.phase.name.lower(),
         "target": {"name": state.target.name, "per_channel": state.target.per_channel},
-        "keep_float": list(state.keep_float),
+        "keep_float": dict(state.keep_float),
         "metadata": state.metadata,
         "notes": state.notes,
         "corrected": sorted(state.corrected),
@@ -145,6 +146,7 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "ties": state.ties,
         "params": {name: _params_to_json(params) for name, params in state.params.items()},
         "tables": {name: base64.b64encode(table).decode() for name, table in state.tables.items()},
+        "integers": {name: _integers_to_json(values) for name, values in state.integers.items()},
         "shapes": {t.name: list(t.shape) for t in _untyped(state.graph)},
     }
 
@@ -182,6 +184,14 @@ def _counterpart_to_json(counterpart: Counterpart) -> list[Any]:
     return [source, factor.tolist(), offset.tolist(), reshaped]
 
 
+def _integers_to_json(values: NDArray[Any]) -> list[Any]:
+    return [values.dtype.name, values.shape, base64.b64encode(values.tobytes()).decode()]
+
+
+def _integers(dtype: str, shape: list[int], values: str) -> NDArray[Any]:
+    return np.frombuffer(base64.b64decode(values, validate=True), dtype).reshape(shape)
+
+
 def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> CompileState:
     name = data["target"]["name"]
     if name not in registry.targets:
@@ -201,8 +211,9 @@ def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> Comp
         tables={node: base64.b64decode(table, validate=True) for node, table in data["tables"].items()},
         origin={node: tuple(layers) for node, layers in data["origin"].items()},
         counterparts={tensor: _counterpart(*entry) for tensor, entry in data["counterparts"].items()},
+        integers={tensor: _integers(*entry) for tensor, entry in data["integers"].items()},
         corrected=set(data["corrected"]),
-        keep_float=tuple(data["keep_float"]),
+        keep_float=dict(data["keep_float"]),
         collectors=registry.collectors,
         metadata=data["metadata"],
         notes=data["notes"],

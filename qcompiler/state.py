@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from qcompiler.collectors import COLLECTORS, Collector
+from qcompiler.cost import Work
 from qcompiler.ir import Graph
 from qcompiler.ops import OpRule
 from qcompiler.quant import QuantParams, QuantSpec
@@ -76,12 +77,13 @@ class CompileState:
 
     `blocks`: by root node. `specs`: the activations and constants to quantize. `ties`: tensor -> the tensor whose params it
     shares; after insert-qdq also integer tensor -> the float tensor that it stands for. `params`: tensor -> what it got
-    (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table node -> the float model that filled it.
-    `origin`: node -> the float layers that it came from. `counterparts`: tensor -> what it is to one of the float model; one
-    that is not there is the tensor of that name. `corrected`: layers whose bias holds a correction. `refusals`: node -> why the
-    pass that runs, or ran last, left it as it is. `keep_float`: patterns of node and output names that the user keeps in float.
-    `calibration`: the samples; `collectors`: the known ways to measure ranges, by name; `progress`: called with the number of
-    samples done and in all.
+    (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table node -> the float model that filled
+    it. `origin`: node -> the float layers that it came from. `counterparts`: tensor -> what it is to one of the float model;
+    one that is not there is the tensor of that name. `integers`: weight -> what it is rounded to, if not to the
+    nearest. `corrected`: layers whose bias holds a correction. `refusals`: node -> why the pass that runs, or ran last,
+    left it as it is. `keep_float`: patterns of node and output names -> why they stay float. `calibration`: the
+    samples; `collectors`: the known ways to measure ranges, by name; `progress`: called with the number of samples done
+    and in all. `float_work`: what the float model costs; `predicted`: seconds of an inference in float and as placed.
     """
 
     graph: Graph
@@ -95,14 +97,16 @@ class CompileState:
     tables: dict[str, bytes] = field(default_factory=dict)
     origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
     counterparts: dict[str, Counterpart] = field(default_factory=dict)
+    integers: dict[str, NDArray[Any]] = field(default_factory=dict)
     corrected: set[str] = field(default_factory=set)
     refusals: dict[str, Refusal] = field(default_factory=dict)
-    keep_float: tuple[str, ...] = ()
+    keep_float: Mapping[str, str] = field(default_factory=dict)
     calibration: Iterable[Feeds] | None = None
     collectors: Mapping[str, type[Collector]] = field(default_factory=lambda: COLLECTORS)
     progress: Any = None
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    float_work: tuple[Work, ...] = ()
     predicted: tuple[float, float] | None = None
     rewrite_limit: int | None = None
 

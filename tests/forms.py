@@ -70,7 +70,7 @@ def compiled(
 ) -> CompileState:
     """The state of a float model after the passes."""
     state = state_of(model, target)
-    state.keep_float = tuple(keep_float)
+    state.keep_float = {pattern: f"kept in float as {pattern!r} asks" for pattern in keep_float}
     state.calibration = [random_feeds(model, 1000 + seed) for seed in range(4)]
     return advance(state, *passes)
 

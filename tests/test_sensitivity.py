@@ -16,7 +16,7 @@ from qcompiler.sensitivity import FloatModel, Sensitivity, before_qdq, sensitivi
 from tests.support import model_from_text, run
 
 NET = """
-net (float[N,3,8,8] x) => (float[N,4] y, float[N,8,8,8] z) {
+net (float[N,16,8,8] x) => (float[N,4] y, float[N,16,8,8] z) {
     c = Conv<pads = [1, 1, 1, 1]>(x, w, b)
     r = Relu(c)
     d = Conv<pads = [1, 1, 1, 1]>(r, u)
@@ -26,7 +26,7 @@ net (float[N,3,8,8] x) => (float[N,4] y, float[N,8,8,8] z) {
     f = Flatten(p)
     y = Gemm(f, g, h)
 }"""
-SHAPES = {"w": (8, 3, 3, 3), "b": (8,), "u": (8, 8, 3, 3), "v": (8, 8, 1, 1), "g": (8, 4), "h": (4,)}
+SHAPES = {"w": (16, 16, 3, 3), "b": (16,), "u": (16, 16, 3, 3), "v": (16, 16, 1, 1), "g": (16, 4), "h": (4,)}
 
 
 def net(outlier: float = 1.0) -> onnx.ModelProto:
@@ -42,11 +42,11 @@ def net(outlier: float = 1.0) -> onnx.ModelProto:
 
 def samples(count: int = 200) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(1)
-    return [{"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)} for _ in range(count)]
+    return [{"x": rng.standard_normal((1, 16, 8, 8)).astype(np.float32)} for _ in range(count)]
 
 
 def job(model: onnx.ModelProto, **options: object) -> Job:
-    return prepare(model, samples(), CompileOptions(**options))  # type: ignore[arg-type]
+    return prepare(model, samples(), CompileOptions(optimize="size", **options))  # type: ignore[arg-type]
 
 
 def found(model: onnx.ModelProto, **options: object) -> Sensitivity:
@@ -57,13 +57,12 @@ def found(model: onnx.ModelProto, **options: object) -> Sensitivity:
 
 def test_every_quantized_layer_is_ranked_worst_first() -> None:
     rows = found(net()).ranking()
-    assert {row.layer for row in rows} == {"/c", "/d", "/s", "/z", "/p", "/f", "/y"}
+    assert {row.layer[1:] for row in rows} == set("cdszpy")  # f passes on what is rounded already
     figures = [np.inf if row.sqnr is None else row.sqnr for row in rows]
     assert figures == sorted(figures)
-    assert sum(row.cost for row in rows) == pytest.approx(1, abs=1e-3)
+    assert sum(row.cost for row in rows) == pytest.approx(1, abs=1e-2)
     by_name = {row.layer: row for row in rows}
     assert by_name["/s"].weights is None
-    assert by_name["/f"].sqnr is None  # it moves what is rounded already
     assert by_name["/d"].cost > by_name["/z"].cost > by_name["/y"].cost
 
 
@@ -78,7 +77,7 @@ def test_a_harmful_layer_leads() -> None:
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_predictions_come_near_the_truth(level: int) -> None:
     predicted = found(net(), level=level).sqnr()
-    report = compile_model(net(), samples(), level=level).report
+    report = compile_model(net(), samples(), level=level, optimize="size").report
     true = min(o.sqnr for o in report.outputs if o.sqnr is not None)
     assert predicted == pytest.approx(true, abs=2)
 
@@ -142,7 +141,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     onnx.save(net(300), "net.onnx")
     np.savez("calib.npz", x=np.concatenate([s["x"] for s in samples()]))
-    arguments = ["sensitivity", "net.onnx", "--calib", "calib.npz", "--top", "2"]
+    arguments = ["sensitivity", "net.onnx", "--calib", "calib.npz", "--top", "2", "--optimize", "size"]
     with pytest.raises(SystemExit) as done:
         main([*arguments, "--json"])
     assert done.value.code == 0
@@ -154,7 +153,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     head, first, _, last = capsys.readouterr().out.splitlines()
     assert head.split() == ["layer", "op", "SQNR", "weights", "activations", "noise", "cost"]
     assert first.startswith("/z")
-    assert last.startswith("2 of 7 layers. All of them quantized: about ")
+    assert last.startswith("2 of 6 layers. All of them quantized: about ")
 
 
 def test_runtime_is_silent_about_pieces(capfd: pytest.CaptureFixture[str]) -> None:

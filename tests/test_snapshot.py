@@ -51,7 +51,7 @@ def odd_state() -> CompileState:
         origin={"n": ("first", "second")},
         counterparts={"s": Counterpart("t", np.array([[1 / 3], [2]]), np.zeros(()), True)},
         corrected={"c", "b", "a"},
-        keep_float=("*head*",),
+        keep_float={"*head*": "asked for"},
         metadata={"author": "né"},
         notes=["a note"],
     )

@@ -77,9 +77,9 @@ class _Choice:
 
     def _kept(self, block: Block) -> str | None:
         names = (*block.nodes, *(t.name for name in block.nodes for t in self.nodes[name].outputs))
-        for pattern in self.state.keep_float:
+        for pattern, reason in self.state.keep_float.items():
             if any(fnmatchcase(name, pattern) for name in names):
-                return f"kept in float as {pattern!r} asks"
+                return reason
         return None
 
     def _unfit(self, node: Node) -> str | None:

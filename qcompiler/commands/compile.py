@@ -34,6 +34,8 @@ Examples:
   qcompile model.onnx --calib photos/ --preset imagenet   photos as torchvision prepares them
   qcompile model.onnx --calib x.npz -o small.onnx --emit qdq
   qcompile model.onnx --calib x.npz --keep-float '/head/*' -v
+  qcompile model.onnx --calib x.npz --min-sqnr 20         find out which layers have to stay float for 20 dB
+  qcompile model.onnx --calib x.npz --eval labelled.npz   top-1 of both models
 """
 
 
@@ -42,6 +44,23 @@ Examples:
 @click.option("-o", "--output", type=PATH, help="The file to write.  [default: MODEL-stem.int8.onnx beside the model]")
 @data_options
 @pipeline_options
+@click.option(
+    "--eval",
+    metavar="DATA|FILE.py:FUNCTION",
+    help="Judge both models: a folder of images by class, an .npz with labels, or a function.",
+)
+@click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="Keep the fewest, cheapest layers in float that it takes for so many dB at every output.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    metavar="PCT",
+    help="The same to lose at most so much of what --eval measures: points of top-1, else percent.",
+)
 @click.option(
     "--dump", type=PATH, metavar="DIR", help="Write the state after every pass; see `qcompile resume`, `diff`."
 )
