@@ -50,6 +50,7 @@ def odd_state() -> CompileState:
         tables={"table": bytes(range(256))},
         origin={"n": ("first", "second")},
         counterparts={"s": Counterpart("t", np.array([[1 / 3], [2]]), np.zeros(()), True)},
+        integers={"w": np.array([[-128, 127, 3]], np.int8)},
         corrected={"c", "b", "a"},
         keep_float={"*head*": "asked for"},
         metadata={"author": "né"},

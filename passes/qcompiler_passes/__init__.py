@@ -1,6 +1,7 @@
 """The built-in passes, targets and pipelines, as a plug-in like any other."""
 
 from qcompiler.plugin import Plugin
+from qcompiler_passes.account import Account
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
@@ -23,6 +24,7 @@ from qcompiler_passes.normalize_pooling import NormalizePooling
 from qcompiler_passes.pad_channels import PadChannels
 from qcompiler_passes.place import Place
 from qcompiler_passes.recompose import Recompose
+from qcompiler_passes.round_weights import RoundWeights
 from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.select_kernels import SelectKernels
 from qcompiler_passes.split_groups import SplitGroups
@@ -30,7 +32,7 @@ from qcompiler_passes.targets import TARGETS
 
 _FLOAT = (
     "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-gemm,"
-    "fold-constants,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
+    "fold-constants,account,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
 )
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
@@ -38,7 +40,7 @@ LEVELS = {
     "O0": f"{_FLOAT},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
     "O1": f"{_FLOAT},calibrate,align-scales,scale-weights,{_INTEGER}",
     "O2": f"{_FLOAT},calibrate,align-scales,scale-weights,correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},calibrate,align-scales,scale-weights,correct-bias{{samples=128}},{_INTEGER}",
+    "O3": f"{_FLOAT},calibrate,align-scales,scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
 
@@ -47,6 +49,7 @@ DEFAULT_PIPELINE = LEVELS["O2"]
 PLUGIN = Plugin(
     "qcompiler-passes",
     passes=(
+        Account,
         AlignScales,
         Annotate,
         Calibrate,
@@ -69,6 +72,7 @@ PLUGIN = Plugin(
         PadChannels,
         Place,
         Recompose,
+        RoundWeights,
         ScaleWeights,
         SelectKernels,
         SplitGroups,

@@ -82,7 +82,8 @@ class _Inserter:
 
     def _constant(self, node: Node, index: int, array: quant.Array, params: QuantParams) -> None:
         hint = node.inputs[index].name
-        integers = self.rewriter.constant(f"{hint}_q", quant.quantize(array, params))
+        rounded = self.state.integers.get(hint)
+        integers = self.rewriter.constant(f"{hint}_q", quant.quantize(array, params) if rounded is None else rounded)
         self.state.params[integers.name] = params
         self.rewriter.set_input(node, index, self._dequantize(integers, params, node))
         self.count += 1
