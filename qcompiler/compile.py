@@ -264,9 +264,9 @@ def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
     if last is not None and any(stage.name == last for stage in pipeline.passes):
         pipeline = Pipeline((*pipeline.until(last).passes, *(registry.passes[name]() for name in LAST)))
     if options.optimize is not None:
-        pipeline = _with(pipeline, "place", objective=options.optimize)
+        pipeline = _with(pipeline, ("account", "place"), objective=options.optimize)
     if options.profile is not None:
-        pipeline = _with(pipeline, "place", profile=str(Path(options.profile).absolute()))
+        pipeline = _with(pipeline, ("account", "place"), profile=str(Path(options.profile).absolute()))
     return pipeline if options.collector is None else _with_collector(registry, pipeline, options.collector)
 
 
@@ -282,13 +282,13 @@ def _level(registry: Registry, level: int | None) -> str:
 def _with_collector(registry: Registry, pipeline: Pipeline, collector: str) -> Pipeline:
     if collector not in registry.collectors:
         raise UserError(f"no collector is called {collector!r}{closest(collector, registry.collectors)}", "--collector")
-    return _with(pipeline, "calibrate", collector=collector)
+    return _with(pipeline, ("calibrate",), collector=collector)
 
 
-def _with(pipeline: Pipeline, name: str, **options: Any) -> Pipeline:
-    """The pipeline with options of one pass changed."""
+def _with(pipeline: Pipeline, names: Sequence[str], **options: Any) -> Pipeline:
+    """The pipeline with options of some passes changed."""
     stages: list[Any] = [
-        replace(stage, **options) if stage.name == name else stage  # type: ignore[type-var]
+        replace(stage, **options) if stage.name in names else stage  # type: ignore[type-var]
         for stage in pipeline.passes
     ]
     return Pipeline(tuple(stages))

@@ -93,7 +93,7 @@ def compiled(net: Net) -> list[Timed]:
     assert shapes is not None
     accountant = Accountant(job.state, shapes)
     quantized = {root for root, block in job.state.blocks.items() if block.quantized}
-    works = accountant.total(()), accountant.total(quantized)
+    works = list(job.state.float_work), accountant.total(quantized)
     Pipeline(tuple(passes[chosen:])).run(job.state, [])
     models = model, ir.to_proto(job.state.graph)
     return [Timed(work, runtime.session(m), sample) for work, m in zip(works, models, strict=True)]

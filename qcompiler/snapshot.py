@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler import __version__, emit, ir
+from qcompiler.cost import Work
 from qcompiler.errors import UserError
 from qcompiler.images import Preprocess
 from qcompiler.load import read_model
@@ -137,6 +138,8 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "target": {"name": state.target.name, "per_channel": state.target.per_channel},
         "keep_float": dict(state.keep_float),
         "skip": list(state.skip),
+        "float_work": [asdict(work) for work in state.float_work],
+        "predicted": state.predicted,
         "metadata": state.metadata,
         "notes": state.notes,
         "corrected": sorted(state.corrected),
@@ -205,7 +208,9 @@ def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> Comp
         replace(registry.targets[name], per_channel=data["target"]["per_channel"]),
         registry.ops,
         Phase[data["phase"].upper()],
-        skip=tuple(data.get("skip", ())),
+        skip=tuple(data["skip"]),
+        float_work=tuple(Work(**work) for work in data["float_work"]),
+        predicted=None if data["predicted"] is None else (data["predicted"][0], data["predicted"][1]),
         blocks={root: _block(block) for root, block in data["blocks"].items()},
         specs={tensor: QuantSpec(**spec) for tensor, spec in data["specs"].items()},
         ties=data["ties"],

@@ -83,7 +83,8 @@ class CompileState:
     nearest. `corrected`: layers whose bias holds a correction. `refusals`: node -> why the pass that runs, or ran last,
     left it as it is. `keep_float`: patterns of node and output names -> why they stay float. `calibration`: the
     samples; `collectors`: the known ways to measure ranges, by name; `progress`: called with the number of samples done
-    and in all. `skip`: passes for the target that would not pay on this model. `float_work`: what the float model costs; `predicted`: seconds of an inference in float and as placed.
+    and in all. `skip`: passes for the target that would not pay on this model. `float_work`: what the float model costs;
+    `predicted`: seconds of an inference in float and as placed.
     """
 
     graph: Graph

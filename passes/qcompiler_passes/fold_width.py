@@ -43,7 +43,7 @@ class FoldWidth:
 
     def run(self, state: CompileState) -> int:
         """Return the number of convolutions rewritten."""
-        return apply_rules(Rewriter(state), {"Conv": _rule})
+        return 0 if self.name in state.skip else apply_rules(Rewriter(state), {"Conv": _rule})
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class PadChannels:
     def run(self, state: CompileState) -> int:
         """Return the number of groups of tensors padded."""
         rewriter = Rewriter(state)
-        for group in _groups(state):
+        for group in () if self.name in state.skip else _groups(state):
             if rewriter.exhausted:
                 break
             wanted = group.wanted(state.target.alignment)

@@ -52,7 +52,7 @@ class Place:
         """Return the number of blocks that went back to float. Raises UserError for a profile that cannot be read."""
         if self.objective not in OBJECTIVES:
             raise UserError(f"the objective is {', '.join(OBJECTIVES)}, not {self.objective!r}", self.name)
-        if state.phase > Phase.ANNOTATED or state.predicted is not None or state.rewrite_limit == 0:
+        if state.phase > Phase.ANNOTATED or state.predicted is not None:
             return 0
         table = read_table(Path(self.profile)) if self.profile else shipped_table(state.target.profile)
         shapes = None if table is None else concrete_shapes(state)
@@ -63,13 +63,13 @@ class Place:
         if self.objective == "latency":
             _place(state, costs)
         placed = costs.placed()
-        state.predicted = costs.total(()), costs.total(placed)
+        state.predicted = costs.float_time, costs.total(placed)
         return len(able - placed)
 
 
 def _place(state: CompileState, costs: _Costs) -> None:
     """Send the blocks back to float that do not pay."""
-    float_time = costs.total(())
+    float_time = costs.float_time
     if float_time < SMALL:
         state.notes.append(
             f"an inference takes about {1e3 * float_time:.2g} ms in float: all is quantized, for the size"
@@ -84,12 +84,16 @@ def _place(state: CompileState, costs: _Costs) -> None:
 
 
 class _Costs:
-    """What the blocks and the conversions between them cost. `able`: the roots of all that can be integer, in order."""
+    """What the blocks and the conversions between them cost. `able`: the roots of all that can be integer, in order.
+
+    `float_time`: seconds of the float model, before rewrites for the target if `account` has run.
+    """
 
     def __init__(self, state: CompileState, accountant: Accountant, table: CostTable) -> None:
         self.state, self.accountant, self.table = state, accountant, table
         self.able = [root for root, block in state.blocks.items() if block.quantized]
         self._able = frozenset(self.able)
+        self.float_time = table.total(state.float_work or accountant.total(()))
 
     def placed(self) -> frozenset[str]:
         """The roots of the blocks that are quantized now."""
@@ -168,7 +172,8 @@ class _Costs:
 
     def reasons(self, chosen: Collection[str]) -> dict[str, str]:
         """Why the blocks that can be integer, but were not chosen, stay float."""
-        return {root: self._reason(root, chosen) for root in self.able if root not in chosen}
+        back = [root for root in self.able if root not in chosen]
+        return {root: self._reason(root, chosen) for root in back[: self.state.rewrite_limit]}
 
     def _reason(self, root: str, chosen: Collection[str]) -> str:
         block = self.state.blocks[root]

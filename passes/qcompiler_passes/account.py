@@ -1,0 +1,74 @@
+"""account: note what the float model costs, and choose the rewrites for the target by what the model will cost with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcompiler.state import CompileState, Phase
+from qcompiler.work import Accountant, concrete_shapes
+from qcompiler_passes.annotate import Annotate
+from qcompiler_passes.expand_activations import ExpandActivations
+from qcompiler_passes.fold_width import FoldWidth
+from qcompiler_passes.form_blocks import FormBlocks
+from qcompiler_passes.pad_channels import PadChannels
+from qcompiler_passes.place import Place
+from qcompiler_passes.split_groups import SplitGroups
+
+CHOICES: tuple[tuple[str, ...], ...] = (("fold-width", "pad-channels"), ("fold-width",), ())
+"""What may be left out. These rewrites speed integers up, but slow down what `place` then keeps in float."""
+
+MARGIN = 0.98
+"""A rewrite must save this much of the predicted time."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Note the work of the float model, which `place` compares with, and the passes to skip because the model, placed, is
+    predicted to be as fast without them. The graph does not change.
+
+    `objective`, `profile`: those of `place`. Without a cost table nothing is skipped.
+    """
+
+    objective: str = "latency"
+    profile: str = ""
+
+    name: ClassVar[str] = "account"
+    requires: ClassVar[Phase] = Phase.FLOAT
+    establishes: ClassVar[Phase | None] = None
+
+    def run(self, state: CompileState) -> int:
+        """Return 0. Raises UserError for a profile that cannot be read."""
+        if state.phase is not Phase.FLOAT or state.float_work:
+            return 0
+        shapes = concrete_shapes(state)
+        if shapes is None:
+            return 0
+        twin = _twin(state)
+        FormBlocks().run(twin)
+        state.float_work = tuple(Accountant(twin, shapes).total(()))
+        if self.objective == "latency":
+            self._choose(state)
+        return 0
+
+    def _choose(self, state: CompileState) -> None:
+        best = float("inf")
+        for skip in CHOICES:
+            twin, rewrites = _twin(state), 0
+            for always in (ExpandActivations(), SplitGroups()):
+                always.run(twin)
+            for optional in (PadChannels(), FoldWidth()):
+                rewrites += 0 if optional.name in skip else optional.run(twin)
+            if skip != CHOICES[0] and not rewrites:
+                continue
+            for stage in (FormBlocks(), Annotate(), Place(self.objective, self.profile)):
+                stage.run(twin)
+            if twin.predicted is not None and twin.predicted[1] < MARGIN * best:
+                best, state.skip = twin.predicted[1], skip
+
+
+def _twin(state: CompileState) -> CompileState:
+    """A copy on which passes can be tried."""
+    twin = state.clone()
+    twin.rewrite_limit, twin.skip = None, ()
+    return twin

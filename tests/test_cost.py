@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompiler import fit_cost
+from qcompiler.cost import CostTable, Work, read_table, shipped_table
+from qcompiler.errors import UserError
+from qcompiler.microbench import Net, networks
+
+
+def test_a_time_is_the_sum_over_units() -> None:
+    table = CostTable({"float.conv": {"nodes": 100, "macs": 0.5}, "float.other": {"reads": 2}})
+    assert table.seconds(Work("float.conv", macs=10, reads=7)) == pytest.approx(105e-9)
+    assert table.seconds(Work("float.unheard", reads=3)) == pytest.approx(6e-9)
+    assert table.total([Work("float.conv"), Work("int8.unheard", reads=1)]) == pytest.approx(100e-9)
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    table = CostTable({"run": {"nodes": 12.5}, "int8.Add": {"reads": 0.25, "writes": 1e-4}}, {"cpu": "a"})
+    path = tmp_path / "cpu.json"
+    path.write_text(table.to_json())
+    assert read_table(path) == table
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"format": 9}', '{"format": 1, "machine": {}, "nanoseconds": {"run": {"nodes": -1}}}']
+)
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cpu.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no profile"):
+        read_table(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_table(tmp_path / "none.json")
+
+
+def test_the_shipped_table_knows_all_the_work_of_the_networks() -> None:
+    table = shipped_table("ort-cpu")
+    assert table is not None
+    for kind in (
+        "run",
+        "float.pointwise",
+        "float.depthwise",
+        "int8.spatial",
+        "int8.gemm",
+        "quantize.map",
+        "dequantize.map",
+    ):
+        assert table.seconds(Work(kind, 1, 1e6, 1e5, 1e5, 1e5, 1e5, 1e4)) > 0
+
+
+def test_least_squares_without_negative_rates() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.random((20, 4))
+    x = np.array([0.5, 0.0, 2.0, 0.0])
+    assert np.allclose(fit_cost.nonnegative_least_squares(matrix, matrix @ x), x, atol=1e-6)
+    pulled = fit_cost.nonnegative_least_squares(matrix, matrix @ np.array([1.0, -0.5, 1.0, 0.0]))
+    assert (pulled >= 0).all()
+    assert pulled[1] == 0
+
+
+def test_a_fit_finds_the_rates_that_made_the_times() -> None:
+    rng = np.random.default_rng(1)
+    works = [[Work("run"), Work("float.gemm", macs=float(rng.integers(1, 10**6)))] for _ in range(30)]
+    table = CostTable({"run": {"nodes": 4000.0}, "float.gemm": {"nodes": 300.0, "macs": 0.01}})
+    times = np.array([table.total(work) for work in works])
+    times[3] *= 10  # someone else used the machine
+    fitted = CostTable(fit_cost.fit(works, times))
+    for i, work in enumerate(works):
+        assert i == 3 or fitted.total(work) == pytest.approx(times[i], rel=0.02)
+
+
+def test_networks_are_timed_in_float_and_in_int8() -> None:
+    net = Net(1, 16, 8, 8).conv().conv()
+    in_float, in_int8 = fit_cost.compiled(net)
+    assert [w.kind for w in in_float.work] == ["run", "float.pointwise", "float.pointwise"]
+    assert [w.kind for w in in_int8.work] == [
+        "run",
+        "int8.pointwise",
+        "int8.pointwise",
+        "quantize.map",
+        "dequantize.map",
+    ]
+    table, error = fit_cost.measure_table([net], seconds=0.02)
+    assert error < 1
+    assert table.kinds["int8.pointwise"]
+    assert len(list(networks())) > 200
