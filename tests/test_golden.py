@@ -58,6 +58,11 @@ def placed(state: CompileState) -> list[str]:
     return [f"block {b.root} {b.reason.partition(':')[0] or 'integer'}" for b in state.blocks.values()]
 
 
+def work(state: CompileState) -> list[str]:
+    """A line per piece of work."""
+    return [f"work {w.kind} {w.reads:g} {w.writes:g}" for w in state.float_work]
+
+
 def params(state: CompileState) -> list[str]:
     """A line per tensor that has params."""
     return [f"params {n} {p.spec.dtype} {float(p.scale.max()):.4g} {p.zero_point}" for n, p in state.params.items()]
@@ -67,6 +72,20 @@ QUANTIZED = "c = Conv(x, w, b) r = Relu(c) s = Sigmoid(r) y = Conv(s, v)"
 WEIGHTS = {"w": f(0.5), "b": f(0.25, shape=(1,)), "v": f(-1)}
 
 GOLDEN: dict[str, Golden] = {
+    "account": Golden(
+        "r = Relu(x) y = Sigmoid(r)",
+        {},
+        """
+        inputs: x:float32[1,1,2,2]
+        r = Relu(x)
+        y = Sigmoid(r)
+        outputs: y:float32[1,1,2,2]
+        work run 0 0
+        work float.Relu 4 4
+        work float.Sigmoid 4 4
+        """,
+        show=work,
+    ),
     "align-scales": Golden(
         "c = Conv(x, w, b) d = Conv(x, v) a = Add(c, d) y = Conv(a, w)",
         WEIGHTS,
