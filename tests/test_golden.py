@@ -241,13 +241,14 @@ GOLDEN: dict[str, Golden] = {
         {"w": np.ones((16, 3, 3, 3), np.float32)},
         """
         inputs: x:float32[1,3,8,8]
-        x_transposed = Transpose{perm=[0,2,3,1]}(x)
-        x_reshaped = Reshape(x_transposed, int64[4])
-        x_reshaped_transposed = Transpose{perm=[0,3,1,2]}(x_reshaped)
-        y_raw = Conv{kernel_shape=[3,2], pads=[1,1,1,0], strides=[2,1]}(x_reshaped_transposed, float32[32,12,3,2])
-        y_raw_transposed = Transpose{perm=[0,2,3,1]}(y_raw)
-        y_raw_reshaped = Reshape(y_raw_transposed, int64[4])
-        y = Transpose{perm=[0,3,1,2]}(y_raw_reshaped)
+        Conv_y_reshaped = Reshape(x, int64[5])
+        Conv_y_transposed = Transpose{perm=[0,2,3,1,4]}(Conv_y_reshaped)
+        Conv_y_reshaped_1 = Reshape(Conv_y_transposed, int64[4])
+        Conv_y_transposed_1 = Transpose{perm=[0,3,1,2]}(Conv_y_reshaped_1)
+        y_raw = Conv{kernel_shape=[3,2], pads=[1,1,1,0], strides=[2,1]}(Conv_y_transposed_1, float32[32,12,3,2])
+        Conv_y_transposed_2 = Transpose{perm=[0,2,3,1]}(y_raw)
+        Conv_y_reshaped_2 = Reshape(Conv_y_transposed_2, int64[4])
+        y = Transpose{perm=[0,3,1,2]}(Conv_y_reshaped_2)
         outputs: y:float32[1,16,4,4]
         """,
         before="normalize",

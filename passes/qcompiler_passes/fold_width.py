@@ -32,9 +32,9 @@ MANY_TAPS = 49
 class FoldWidth:
     """Make convolutions read as many input channels as the target's kernels want, where the input has fewer.
 
-    `f` neighbouring columns of `c` channels become one column of `f * c` channels: with channels last, as integer kernels want
-    them, that is another shape of the same memory. The filters grow by zeros, and each is there once per column of the result
-    that f columns give. Where that would be too many products, channels of zeros are added to the input instead.
+    `f` neighbouring columns of `c` channels become one column of `f * c` channels. The filters grow by zeros, and each is there
+    once per column of the result that f columns give; with channels last, as integer kernels want them, these columns are next
+    to each other in memory. Where that would be too many products, channels of zeros are added to the input instead.
     """
 
     name: ClassVar[str] = "fold-width"
@@ -154,7 +154,7 @@ def _pad(rewriter: Rewriter, node: Node, x: Tensor, axis: int, count: int) -> Te
     pads = np.zeros(2 * len(shape), np.int64)
     pads[len(shape) + axis] = count
     shape[axis] = (static_axis(x, axis) or 0) + count
-    out = rewriter.variable(f"{x.name}_padded", x.dtype, shape)
+    out = rewriter.variable(f"{node.name}_padded", x.dtype, shape)
     rewriter.node("Pad", [x, rewriter.constant("pads", pads)], [out], origin=node, hint=f"{node.name}_pad")
     return out
 
@@ -164,12 +164,12 @@ def _fold(rewriter: Rewriter, linear: Linear, fold: _Fold) -> None:
     outputs, channels = linear.raw.shape[:2]
     if fold.added:
         x = _pad(rewriter, node, x, axis=3, count=fold.added)
-    wide = _reshaped(rewriter, node, x, (fold.width + fold.added) // fold.columns, channels * fold.columns)
+    wide = _folded(rewriter, node, x, fold, channels)
     chain = [node]  # the activation is absorbed only if it stays next to the convolution
     while (follower := rewriter.only_user(chain[-1].outputs[0])) is not None and activation_bounds(follower):
         chain.append(follower)
     filters, pads, strides = _filters(linear, fold), _pads(node), _strides(node)
-    rewriter.set_input(node, 0, _transposed(rewriter, node, wide, [0, 3, 1, 2]))
+    rewriter.set_input(node, 0, wide)
     rewriter.set_input(node, 1, rewriter.constant(f"{node.name}_weight", filters))
     if (bias := ir.optional_input(node, 2)) is not None:
         rewriter.set_input(node, 2, rewriter.constant(bias.name, np.tile(ir.array(bias), fold.repeats)))
@@ -181,30 +181,37 @@ def _fold(rewriter: Rewriter, linear: Linear, fold: _Fold) -> None:
 
 
 def _filters(linear: Linear, fold: _Fold) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """The filters for folded columns: [repeats * outputs, columns * channels, rows, kernel]."""
+    """The filters for folded columns: [repeats * outputs, channels * columns, rows, kernel]."""
     outputs, channels, rows, taps = linear.raw.shape
     stride, begin = _strides(linear.node)[1], _pads(linear.node)[1]
-    wide = np.zeros((fold.repeats, outputs, fold.columns, channels, rows, fold.kernel), linear.raw.dtype)
+    wide = np.zeros((fold.repeats, outputs, channels, fold.columns, rows, fold.kernel), linear.raw.dtype)
     for repeat in range(fold.repeats):
         for tap in range(taps):
             column, place = divmod(repeat * stride + tap - begin, fold.columns)
-            wide[repeat, :, place, :, :, column + fold.pads[0]] = linear.raw[..., tap]
-    return wide.reshape(fold.repeats * outputs, fold.columns * channels, rows, fold.kernel)
+            wide[repeat, :, :, place, :, column + fold.pads[0]] = linear.raw[..., tap]
+    return wide.reshape(fold.repeats * outputs, channels * fold.columns, rows, fold.kernel)
 
 
-def _reshaped(rewriter: Rewriter, node: Node, x: Tensor, width: int, channels: int) -> Tensor:
-    """x with its columns and channels cut in another way, as if channels were last: [batch, channels, rows, width]."""
-    last = _transposed(rewriter, node, x, [0, 2, 3, 1])
-    batch, rows = (ir.shape(last) or ())[:2]
-    out = rewriter.variable(f"{x.name}_reshaped", x.dtype, [batch, rows, width, channels])
-    shape = rewriter.constant("shape", np.array([0, rows, width, channels], np.int64))
-    rewriter.node("Reshape", [last, shape], [out], origin=node, hint=f"{node.name}_reshape")
+def _folded(rewriter: Rewriter, node: Node, x: Tensor, fold: _Fold, channels: int) -> Tensor:
+    """x as [batch, channels * columns, rows, width / columns], cut so that columns stay next to each other in memory."""
+    rows, width = static_axis(x, 2) or 0, (fold.width + fold.added) // fold.columns
+    cut = _reshaped(rewriter, node, x, [channels, rows, width, fold.columns])
+    last = _transposed(rewriter, node, cut, [0, 2, 3, 1, 4])
+    joined = _reshaped(rewriter, node, last, [rows, width, channels * fold.columns])
+    return _transposed(rewriter, node, joined, [0, 3, 1, 2])
+
+
+def _reshaped(rewriter: Rewriter, node: Node, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """x with these axes behind the batch axis."""
+    out = rewriter.variable(f"{node.name}_reshaped", x.dtype, [(ir.shape(x) or (None,))[0], *shape])
+    target = rewriter.constant("shape", np.array([0, *shape], np.int64))
+    rewriter.node("Reshape", [x, target], [out], origin=node, hint=f"{node.name}_reshape")
     return out
 
 
 def _transposed(rewriter: Rewriter, node: Node, x: Tensor, perm: Sequence[int]) -> Tensor:
     shape = ir.shape(x) or ()
-    out = rewriter.variable(f"{x.name}_transposed", x.dtype, [shape[axis] for axis in perm])
+    out = rewriter.variable(f"{node.name}_transposed", x.dtype, [shape[axis] for axis in perm])
     rewriter.node("Transpose", [x], [out], origin=node, hint=f"{node.name}_transpose", perm=list(perm))
     return out
 
@@ -216,9 +223,10 @@ def _unfold(rewriter: Rewriter, chain: Sequence[Node], fold: _Fold, outputs: int
     raw = rewriter.cut(result)
     for tensor in (*(n.outputs[0] for n in chain[:-1]), raw):
         tensor.shape = [batch, outputs * fold.repeats, rows, fold.folded]
-    wide = _reshaped(rewriter, node, raw, fold.folded * fold.repeats, outputs)
+    last = _transposed(rewriter, node, raw, [0, 2, 3, 1])
+    wide = _reshaped(rewriter, node, last, [static_axis(raw, 2) or 0, fold.folded * fold.repeats, outputs])
     if fold.folded * fold.repeats > fold.out_width:
-        cut = rewriter.variable(f"{raw.name}_cut", raw.dtype, [batch, rows, fold.out_width, outputs])
+        cut = rewriter.variable(f"{node.name}_cut", raw.dtype, [batch, rows, fold.out_width, outputs])
         bounds = [np.array([i], np.int64) for i in (0, fold.out_width, 2)]
         inputs = [wide, *(rewriter.constant(k, v) for k, v in zip(("start", "end", "axis"), bounds, strict=True))]
         rewriter.node("Slice", inputs, [cut], origin=node, hint=f"{node.name}_slice")
