@@ -7,6 +7,7 @@ from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.correct_bias import CorrectBias
+from qcompiler_passes.equalize import Equalize
 from qcompiler_passes.expand_activations import ExpandActivations
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
 from qcompiler_passes.fold_bias import FoldBias
@@ -18,6 +19,7 @@ from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.guard_float import GuardFloat
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.lower_integer import LowerInteger
+from qcompiler_passes.migrate_scales import MigrateScales
 from qcompiler_passes.normalize import Normalize
 from qcompiler_passes.normalize_gemm import NormalizeGemm
 from qcompiler_passes.normalize_pooling import NormalizePooling
@@ -55,6 +57,7 @@ PLUGIN = Plugin(
         Calibrate,
         Cleanup,
         CorrectBias,
+        Equalize,
         ExpandActivations,
         FoldBatchnorm,
         FoldBias,
@@ -66,6 +69,7 @@ PLUGIN = Plugin(
         GuardFloat,
         InsertQdq,
         LowerInteger,
+        MigrateScales,
         Normalize,
         NormalizeGemm,
         NormalizePooling,

@@ -1,0 +1,231 @@
+"""Choose channel factors from what the channels hold, so that one scale per tensor serves all of its channels well.
+
+Shared by equalize and migrate-scales. The channels of all tensors that share factors form a group; its factors change in steps,
+each of which must lower an estimate of the noise that quantization will cause. A graph in which no step does that stays as it
+is, and the estimate depends on nothing but the graph and the samples, so that a second run finds nothing left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from qcompiler import ir
+from qcompiler.ir import Graph, Tensor
+from qcompiler.ops import Lowering, op_key
+from qcompiler.rewrite import Refusal, Rewriter
+from qcompiler.runtime import run, session
+from qcompiler.state import CompileState, Feeds
+from qcompiler_passes.channel_rules import RULES
+from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
+
+_LIMIT = 16.0
+"""How much smaller than the largest of its group a channel counts at least: what seldom active ones hold is poorly known."""
+
+_LEAST_GAIN = 1.12
+"""By how much a step must lower the noise of its group: half a decibel."""
+
+_MAX_SWEEPS = 8
+
+_STEPS = 255
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A tensor that will be quantized: the variables of its channels and what these hold, shape (channels,) each."""
+
+    name: str
+    roots: Ids
+    low: Factors
+    high: Factors
+    power: Factors
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An operator with weights: variables of its channels, [groups, inputs] and [groups, outputs], and weights as in `Linear`.
+
+    `power`: the mean square of each input, [groups, inputs].
+    """
+
+    inputs: Ids
+    outputs: Ids
+    weight: Factors
+    power: Factors
+
+    def scaled(self, factors: Factors) -> tuple[Factors, Factors]:
+        """Weights and input powers under the factors, so that the power of the result is 1."""
+        weight = self.weight * factors[self.outputs][:, :, None, None] / factors[self.inputs][:, None, :, None]
+        power = self.power * np.square(factors[self.inputs])
+        result = float((np.square(weight).sum(axis=3) * power[:, None, :]).sum())
+        return weight / np.sqrt(result) if result > 0 else np.zeros_like(weight), power
+
+
+@dataclass(frozen=True)
+class Group:
+    """The variables whose channels are quantized together, the tensors that they occur in, and what reads these."""
+
+    members: Ids
+    tensors: list[Observed]
+    readers: list[Reader]
+
+    def noise(self, factors: Factors) -> float:
+        """An estimate of the quantization noise in the results of the readers, relative to their power.
+
+        factors: of all variables, shape (variables,). Activations: a step squared over 12, but no more than the channel holds,
+        times the squares of the weights that read it. Weights: a step of each output channel squared over 12.
+        """
+        gain, noise = np.zeros_like(factors), 0.0
+        for reader in self.readers:
+            weight, power = reader.scaled(factors)
+            np.add.at(gain, reader.inputs, np.square(weight).sum(axis=(1, 3)))
+            steps = np.abs(weight).max(axis=(2, 3)) * 2 / _STEPS
+            noise += float((np.square(steps) * power.sum(axis=1)[:, None]).sum()) / 12 * weight.shape[3]
+        for tensor in self.tensors:
+            scale = factors[tensor.roots]
+            step = ((tensor.high * scale).max() - (tensor.low * scale).min()) / _STEPS
+            rounding = np.minimum(step**2 / 12, tensor.power * np.square(scale))
+            noise += float((rounding * gain[tensor.roots]).sum()) / len(self.tensors)
+        return noise
+
+    def step(self, factors: Factors, alpha: float, beta: float) -> Factors:
+        """Factors in proportion to columns**beta / reach**alpha, shape (variables,): 1 beyond the group.
+
+        reach: the greatest magnitude of a channel; columns: the greatest weight that reads it. The largest channel keeps its
+        reach, and channels that hold only zeros keep theirs.
+        """
+        reach, columns = np.zeros_like(factors), np.zeros_like(factors)
+        for tensor in self.tensors:
+            np.maximum.at(reach, tensor.roots, np.maximum(tensor.high, -tensor.low) * factors[tensor.roots])
+        for reader in self.readers:
+            np.maximum.at(columns, reader.inputs, np.abs(reader.scaled(factors)[0]).max(axis=(1, 3)))
+        result = np.ones_like(factors)
+        live = self.members[(reach[self.members] > 0) & (columns[self.members] > 0)]
+        if live.size:
+            reach, columns = (x[live] / x[live].max() for x in (reach, columns))
+            wanted = np.maximum(columns, 1 / _LIMIT) ** beta / np.maximum(reach, 1 / _LIMIT) ** alpha
+            result[live] = wanted / (wanted * reach).max()
+        return result
+
+
+def balance(state: CompileState, sources: frozenset[str], samples: int, alpha: float, beta: float) -> int:
+    """Multiply the channels of groups by factors of `Group.step` as long as that lowers their noise.
+
+    sources: the operators whose results may carry factors. Returns the number of groups that changed.
+    """
+    channels = follow(state.graph, sources, RULES)
+    state.refusals |= channels.refusals()
+    if channels.is_fixed(np.arange(len(channels.parents))):
+        return 0
+    rewriter = Rewriter(state)
+    found = _groups(state, channels, list(islice(state.calibration or (), samples)))
+    factors, changed = np.ones(len(channels.parents)), set()
+    for _ in range(_MAX_SWEEPS):
+        settled = True
+        for i, group in reversed(list(enumerate(found))):
+            if i not in changed and rewriter.exhausted:
+                continue
+            wanted = factors * group.step(factors, alpha, beta)
+            if group.noise(wanted) * _LEAST_GAIN < group.noise(factors):
+                factors, settled = wanted, False
+                rewriter.count += i not in changed
+                changed.add(i)
+        if settled:
+            break
+    makers = {t.name: n.name for n in state.graph.nodes for t in n.outputs}
+    balanced = Refusal("no factors would lower the estimated noise by half a decibel")
+    state.refusals |= {makers[g.tensors[0].name]: balanced for i, g in enumerate(found) if i not in changed}
+    refusal = multiply(rewriter, channels, factors)
+    if refusal is not None:
+        state.refusals[refusal.culprit] = refusal
+        return 0
+    return rewriter.finish()
+
+
+def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Group]:
+    """What the samples show, in the order of the graph."""
+    observed = _observe(state, channels, samples) if samples else []
+    power = np.zeros(len(channels.parents))
+    for tensor in observed:
+        np.maximum.at(power, tensor.roots, tensor.power)
+    readers = []
+    for layer, before, after in channels.layers:
+        inputs, outputs = (channels.roots(ids).reshape(len(layer.weight), -1) for ids in (before, after))
+        readers.append(Reader(inputs, outputs, layer.weight, power[inputs]))
+    found = []
+    for members, tensors in _partition(observed, len(power)):
+        own = [reader for reader in readers if np.isin(reader.inputs, members).any()]
+        found += [Group(members, tensors, own)] if own else []
+    return found
+
+
+def _partition(observed: list[Observed], count: int) -> Iterator[tuple[Ids, list[Observed]]]:
+    """The free variables that occur together in tensors, and these tensors."""
+    leader = np.arange(count)
+    for tensor in observed:
+        together = np.unique(leader[tensor.roots[tensor.roots > 0]])
+        leader[np.isin(leader, together)] = together[0]
+    owners = [int(leader[tensor.roots.max()]) for tensor in observed]
+    for first in dict.fromkeys(owners):
+        yield np.flatnonzero(leader == first), [t for t, owner in zip(observed, owners, strict=True) if owner == first]
+
+
+def _observe(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Observed]:
+    copy = ir.from_proto(ir.to_proto(state.graph))
+    known = {t.name: t for t in ir.tensors(copy)}
+    taps = {name: ids for name, ids in _quantized(state, channels).items() if ir.shape(known[name]) is not None}
+    copy.outputs = [tap for name, ids in taps.items() for tap in _taps(copy, known[name], ids)]
+    if not taps:
+        return []
+    ir.drop_dead_nodes(copy)
+    ir.toposort(copy)
+    runner = session(ir.to_proto(copy), low_memory=True)
+    rows = [[np.asarray(value, np.float64).reshape(-1) for value in run(runner, sample)] for sample in samples]
+    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    return [
+        Observed(
+            name,
+            channels.roots(ids).reshape(-1),
+            np.minimum(columns[3 * i].min(axis=0), 0),
+            np.maximum(columns[3 * i + 1].max(axis=0), 0),
+            columns[3 * i + 2].mean(axis=0),
+        )
+        for i, (name, ids) in enumerate(taps.items())
+    ]
+
+
+def _quantized(state: CompileState, channels: Channels) -> Mapping[str, Ids]:
+    """The tensors with free variables that get a scale of their own: no moved ones, none before an absorbed activation."""
+    rewriter = Rewriter(state)
+    found = {}
+    for node in state.graph.nodes:
+        rule = state.ops.get(op_key(node.op, node.domain))
+        if rule is not None and rule.lowering is Lowering.MOVE:
+            continue
+        for tensor in node.outputs:
+            reader = rewriter.only_user(tensor)
+            if not channels.is_fixed(channels.of(tensor)) and (reader is None or reader.op != "Relu"):
+                found[tensor.name] = channels.of(tensor)
+    return found
+
+
+def _taps(graph: Graph, tensor: Tensor, ids: Ids) -> list[Tensor]:
+    """Per channel: the least and the greatest value, and the mean square."""
+    rank = len(ir.shape(tensor) or ())
+    axes = [i for i in range(rank) if i < rank - ids.ndim or ids.shape[i - rank] == 1]
+    square = _append(graph, "Mul", [tensor, tensor])
+    wanted = (("ReduceMin", tensor), ("ReduceMax", tensor), ("ReduceMean", square))
+    if graph.opset < 18:
+        return [_append(graph, op, [source], axes=axes, keepdims=0) for op, source in wanted]
+    over = ir.Constant(f"{tensor.name}_tap_axes", np.asarray(axes, np.int64))
+    return [_append(graph, op, [source, over], keepdims=0) for op, source in wanted]
+
+
+def _append(graph: Graph, op: str, inputs: list[Tensor], **attrs: Any) -> Tensor:
+    name = f"{inputs[0].name}_tap_{op}"
+    graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(np.float32))]))
+    return graph.nodes[-1].outputs[0]
