@@ -79,7 +79,7 @@ class Cut:
         for name, source in list(self.source.items()):
             x, y = wanted[source], given[name]
             are_arrays = isinstance(x, np.ndarray) and isinstance(y, np.ndarray)
-            if not are_arrays or (x.size != y.size if self._is_reshaped(name) else x.shape != y.shape):
+            if not are_arrays or not (x.size == y.size if self._is_reshaped(name) else _same_but_padded(x, y)):
                 del self.source[name]
                 self.skipped[name] = f"its shape is not that of {source!r} in the float model"
             elif x.dtype.kind == "f":
@@ -93,10 +93,13 @@ class Cut:
         """What a tensor of the compiled model would hold without any error, as floats."""
         found: Array = wanted[self.source[name]]
         entry = self._counterparts.get(self._float_name(name) or "")
-        if entry is None:
-            return found
-        factor, offset = (np.asarray(number, np.float64) for number in entry[1:3])
-        return (found * factor + offset).astype(found.dtype).reshape(given[name].shape)
+        if entry is not None:
+            factor, offset = (np.asarray(number, np.float64) for number in entry[1:3])
+            found = (found * factor + offset).astype(found.dtype)
+        shape = given[name].shape
+        if found.size < given[name].size:
+            found = found.take(np.arange(shape[1]) % found.shape[1], axis=1)
+        return found.reshape(shape)
 
     def within(self, name: str, values: Array) -> Array:
         """Values of a tensor within the bounds that its readers look at."""
@@ -127,6 +130,14 @@ class Cut:
         """The float layers behind nodes."""
         names = [self.nodes[i].name for i in nodes]
         return tuple(dict.fromkeys(layer for name in names for layer in self.provenance.get(name, [name])))
+
+
+def _same_but_padded(x: Array, y: Array) -> bool:
+    """Whether y has the shape of x, or that with more channels, which then are copies of others (`pad-channels`)."""
+    if x.shape == y.shape:
+        return True
+    rest = [(*z.shape[:1], *z.shape[2:]) for z in (x, y)]
+    return 1 < x.ndim == y.ndim and x.shape[1] < y.shape[1] and rest[0] == rest[1]
 
 
 class Local:

@@ -262,3 +262,22 @@ def test_a_model_in_which_nothing_is_quantized_has_no_layers() -> None:
     found = compare(model, compiled(model, keep_float=["*"]), [random_feeds(model)])
     assert found.layers == []
     assert all(output.error.sqnr is None or output.error.sqnr > 80 for output in found.outputs)
+
+
+def test_layers_with_added_channels_are_compared() -> None:
+    """pad-channels makes 32 of the 24 channels that a depthwise convolution has."""
+    text = """g (float[1,4,12,12] x) => (float[1,8,12,12] y) {
+        a = Conv(x, w)
+        c = Conv<pads=[1,1,1,1], group=24>(a, d)
+        r = Relu(c)
+        y = Conv(r, v)
+    }"""
+    rng = np.random.default_rng(8)
+    shapes = {"w": (24, 4, 1, 1), "d": (24, 1, 3, 3), "v": (8, 24, 1, 1)}
+    model = model_from_text(text, {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()})
+    int8 = compiled(model)
+    assert [32, 1, 3, 3] in [i.dims for i in int8.graph.initializer]
+    result = compare(model, int8, [random_feeds(model, 9)])
+    assert {layer.tensor for layer in result.layers} == {"x", "a", "r", "y"}
+    assert not any("shape" in reason for reason in result.skipped.values())
+    assert all((layer.local.sqnr or 99) > 25 for layer in result.layers)
