@@ -120,3 +120,42 @@ def test_shift_reaches_the_mean_through_the_share_that_it_moves() -> None:
     ones = np.ones((3, 3))
     shares = ones * [0.5, 0.01, 0.0]
     np.testing.assert_allclose(_shift(ones, 0 * ones, shares), [2.0, 10.0, 0.0])
+
+
+def _with_float(*names: str, coarse: float = 16) -> CompileState:
+    """As `_calibrated`, with some layers in float."""
+    state = compiled(_model(), *TO_QDQ[:-1], keep_float=names)
+    for node in state.graph.nodes:
+        if node.op == "Conv" and state.blocks[node.name].quantized:
+            params = state.params[node.inputs[1].name]
+            state.params[node.inputs[1].name] = params.with_scale(params.scale * coarse)
+    return state
+
+
+def test_corrects_float_layers_behind_quantized_ones() -> None:
+    plain = advance(_with_float("Conv_c", "Gemm_y"), InsertQdq())
+    state = _with_float("Conv_c", "Gemm_y")
+    assert CorrectBias().run(state) == 3
+    assert _mean_error(advance(state, InsertQdq())) < 0.6 * _mean_error(plain)
+
+
+def test_leaves_float_layers_alone_that_rounding_does_not_reach() -> None:
+    state = _with_float("Conv_a")
+    biases = {n.name: ir.array(n.inputs[2]) for n in state.graph.nodes if n.op == "Conv" and len(n.inputs) > 2}
+    assert CorrectBias().run(state) == 2
+    assert "Conv_a" not in state.corrected
+    node = next(n for n in state.graph.nodes if n.name == "Conv_a")
+    assert np.array_equal(ir.array(node.inputs[2]), biases["Conv_a"])
+
+
+def test_float_layers_are_measured_as_they_will_run() -> None:
+    """ONNX Runtime would quantize the weights of a float Conv between DQ and Q, per tensor."""
+    steep = weights(8, 8, 1, 1)
+    steep[0] *= 1000  # one scale for all channels leaves the others nothing
+    body = "a = Conv(x, w) c = Conv(a, s) l = Clip(c, low, high) e = Conv(l, v) y = Abs(e)"
+    constants = {"w": weights(8, 4, 1, 1), "s": steep, "v": weights(8, 8, 1, 1), "low": -1.0, "high": 1.0}
+    model = graph_text(f"g (float[1,4,8,8] x) => (float[] y) {{ {body} }}", **constants)
+    state = compiled(model, *TO_QDQ[:-1], keep_float=["Conv_c"])
+    CorrectBias().run(state)
+    node = next(n for n in state.graph.nodes if n.name == "Conv_e")
+    assert np.abs(ir.array(node.inputs[2])).max() < 0.002

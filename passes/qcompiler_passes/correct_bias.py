@@ -16,6 +16,7 @@ from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
 from qcompiler.runtime import run_all, session
 from qcompiler.state import Block, CompileState, Feeds, Phase
+from qcompiler_passes.guard_float import GuardFloat
 from qcompiler_passes.insert_qdq import InsertQdq
 
 F32 = NDArray[np.float32]
@@ -34,7 +35,8 @@ class CorrectBias:
     between the float layer and the quantized layer behind the already quantized and corrected layers before it, and taken out
     of the bias. Two things differ from the paper: means are compared behind the activation, where the next layer sees them, and
     divided by the share of outputs that the bias moves there; and each shift is shrunk by its sampling error, as estimated
-    from the samples' variance, so that few samples do not add noise. Layers without a place for a bias (MatMul) stay as they are.
+    from the samples' variance, so that few samples do not add noise. Layers that stay float are corrected, too, where quantized
+    ones are before them. Layers without a place for a bias (MatMul) stay as they are.
     """
 
     samples: int = 32
@@ -47,7 +49,7 @@ class CorrectBias:
         """Return the number of layers corrected."""
         if state.phase >= Phase.QDQ or state.calibration is None:
             return 0
-        layers = [n for n in state.graph.nodes if _has_bias_input(state, n) and n.name not in state.corrected]
+        layers = [n for n in _reached(state) if _has_bias_input(state, n) and n.name not in state.corrected]
         if not layers:
             return 0
         _ensure_bias(state, layers)
@@ -70,9 +72,23 @@ class CorrectBias:
 
 
 def _has_bias_input(state: CompileState, node: Node) -> bool:
-    block, rule = state.blocks.get(node.name), state.ops.get(op_key(node.op, node.domain))
-    is_layer = block is not None and block.quantized and rule is not None and rule.lowering is Lowering.MAC
-    return is_layer and node.op in ("Conv", "Gemm")
+    rule = state.ops.get(op_key(node.op, node.domain))
+    is_layer = (
+        node.name in state.blocks and rule is not None and rule.lowering is Lowering.MAC and not rule.refuse(node)
+    )
+    return is_layer and node.op in ("Conv", "Gemm") and ir.type_name(node.inputs[1]) == "float32"
+
+
+def _reached(state: CompileState) -> list[Node]:
+    """The nodes of quantized blocks, and those behind them."""
+    quantized = {name for block in state.blocks.values() if block.quantized for name in block.nodes}
+    behind: set[int] = set()
+    found = []
+    for node in state.graph.nodes:
+        if node.name in quantized or any(id(t) in behind for t in (*node.inputs, *ir.captures(node))):
+            behind.update(id(t) for t in node.outputs)
+            found.append(node)
+    return found
 
 
 def _ensure_bias(state: CompileState, layers: list[Node]) -> None:
@@ -153,10 +169,11 @@ def _mean(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
 
 
 def _quantized_twin(state: CompileState) -> Graph:
-    """The graph as insert-qdq will write it, for measurement."""
+    """The graph as insert-qdq will write it, for measurement: what stays float has to stay float there, too."""
     twin = state.clone()
     twin.rewrite_limit = None
     InsertQdq().run(twin)
+    GuardFloat().run(twin)
     return twin.graph
 
 
@@ -172,6 +189,12 @@ def _dequantized(tensor: Tensor) -> F32:
     return np.asarray(integers.astype(np.float32) * scale.reshape(shape), np.float32)
 
 
+def _source(tensor: Tensor) -> Tensor:
+    """The integers behind a tensor, or the tensor itself if it is float."""
+    node = ir.producer(tensor)
+    return node.inputs[0] if node is not None and node.op == "DequantizeLinear" else tensor
+
+
 class _QuantizedPrefix:
     """The layers of a quantized graph, measured one after the other behind those that are corrected already."""
 
@@ -179,9 +202,7 @@ class _QuantizedPrefix:
         nodes = {n.name: n for n in graph.nodes}
         self._graph = graph
         self._layers = [nodes[n.name] for n in layers]
-        dequantizers = [ir.producer(n.inputs[0]) for n in self._layers]
-        self._integers = [d.inputs[0] for d in dequantizers if d is not None]
-        self._replay = Replay(graph, samples, self._integers)
+        self._replay = Replay(graph, samples, [_source(n.inputs[0]) for n in self._layers])
         self._position = -1
 
     def next_layer(self, block: Block) -> tuple[F64, F64]:
@@ -204,7 +225,11 @@ class _QuantizedPrefix:
 
     def shift_bias(self, shift: F64) -> None:
         """Add to the bias of the layer that was measured last."""
-        dq = ir.producer(self._layers[self._position].inputs[2])
-        assert dq is not None
+        layer = self._layers[self._position]
+        dq = ir.producer(layer.inputs[2])
+        if dq is None:
+            bias = ir.array(layer.inputs[2]) + shift.astype(np.float32)
+            ir.set_input(layer, 2, ir.Constant(layer.inputs[2].name, bias))
+            return
         integers = ir.array(dq.inputs[0]) + np.rint(shift / ir.array(dq.inputs[1]).astype(np.float64))
         ir.set_input(dq, 0, ir.Constant(dq.inputs[0].name, integers.astype(np.int32)))
