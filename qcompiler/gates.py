@@ -16,7 +16,7 @@ from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.ops import Lowering, OpRule, Role, op_key
 from qcompiler.quant import QuantParams
 from qcompiler.replay import pieces
-from qcompiler.state import CompileState
+from qcompiler.state import Block, CompileState
 
 Array = NDArray[Any]
 
@@ -72,7 +72,7 @@ class Gate:
     """Where an activation is rounded, behind a quantized layer or before one. `tensor`: what its readers get; `params`: how it is
     rounded, None if that changes nothing. `layer`: the layer that makes it (`made`), or the first quantized one that reads it.
     `moved`: that layer only moves what is rounded already. `users`: it is rounded if one of these is quantized. `bounds`: of the
-    layer that makes it, if its bias corrects errors.
+    layer that makes it, quantized or not, if its bias corrects errors.
     """
 
     tensor: Tensor
@@ -98,6 +98,10 @@ class GatedModel:
         self.layers = {root: nodes[root] for root, b in state.blocks.items() if b.quantized and root in nodes}
         self.outputs: list[Tensor] = list(graph.outputs)
         self._made = {name: root for root in self.layers for name in state.blocks[root].outputs}
+        corrected = [nodes[root] for root in state.blocks if root in state.corrected and root in nodes]
+        self._bounds = {
+            name: _bounds(state.blocks[n.name], n) for n in corrected for name in state.blocks[n.name].outputs
+        }
         self._moved = {name for root in self.layers if self._passes_on(root) for name in state.blocks[root].outputs}
         self.gates = self._add_gates()
         ir.toposort(graph)
@@ -130,7 +134,8 @@ class GatedModel:
         for i, tensor in enumerate(node.inputs):
             params, values = self.state.params.get(tensor.name), ir.value(tensor)
             if params is not None and values is not None and rule.role(i) in (Role.ACT, Role.WEIGHT):
-                found[i] = quant.dequantize(quant.quantize(values, params), params)
+                rounded = self.state.integers.get(tensor.name)
+                found[i] = quant.dequantize(quant.quantize(values, params) if rounded is None else rounded, params)
         return found
 
     def _add_gates(self) -> list[Gate]:
@@ -152,29 +157,25 @@ class GatedModel:
         return [node.inputs[i].name for i in self._rule(node).activations(node)]
 
     def _gate(self, tensor: Tensor) -> Gate | None:
-        """Put an Identity behind a tensor, for all readers if an integer layer makes it, else for those that are integer."""
+        """Put an Identity behind a tensor: for all readers if a quantized or corrected layer makes it, else for integer ones."""
         maker, params = self._made.get(tensor.name), self.state.params.get(tensor.name)
         integer = {id(n): n for n in tensor.outputs if params is not None and self._reads_integers(n, tensor)}
         users = tuple(dict.fromkeys([*([maker] if maker else []), *(n.name for n in integer.values())]))
-        if not users:
+        bounds = self._bounds.get(tensor.name)
+        if not users and bounds is None:
             return None
         behind = ir.Variable(f"{tensor.name}_rounded", tensor.dtype, tensor.shape)
-        for node in list(tensor.outputs) if maker else integer.values():
+        everywhere = maker is not None or bounds is not None
+        for node in list(tensor.outputs) if everywhere else integer.values():
             for i, given in enumerate(node.inputs):
                 if given is tensor:
                     ir.set_input(node, i, behind)
         self.graph.nodes.append(ir.Node("Identity", f"{tensor.name}_gate", {}, [tensor], [behind]))
-        if maker:
+        if everywhere:
             self.outputs = [behind if t is tensor else t for t in self.outputs]
         moved = tensor.name in self._moved
-        rounding = None if moved else params
-        return Gate(behind, rounding, users[0], maker is not None, moved, users, self._bounds(maker))
-
-    def _bounds(self, maker: str | None) -> Bounds | None:
-        if maker is None or maker not in self.state.corrected:
-            return None
-        block = self.state.blocks[maker]
-        return Bounds(block.low, block.high, 1 if self.layers[maker].op == "Conv" else -1)
+        rounding = None if moved or not users else params
+        return Gate(behind, rounding, users[0] if users else "", maker is not None, moved, users, bounds)
 
     def _reads_integers(self, node: Node, tensor: Tensor) -> bool:
         if node.name not in self.layers:
@@ -187,3 +188,7 @@ class GatedModel:
         leaders = {self.state.leader(node.inputs[i].name) for i in rule.activations(node)}
         own = {self.state.leader(name) for name in self.state.blocks[root].outputs}
         return rule.lowering in (Lowering.MOVE, Lowering.CONCAT) and leaders == own
+
+
+def _bounds(block: Block, root: Node) -> Bounds:
+    return Bounds(block.low, block.high, 1 if root.op == "Conv" else -1)

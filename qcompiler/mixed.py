@@ -86,11 +86,11 @@ def figures_of(float_model: onnx.ModelProto, samples: Sequence[Feeds], judge: Ju
 
 
 class Trials:
-    """True compilations as far as the integers are decided, with some layers kept in float."""
+    """True compilations with some layers kept in float."""
 
     def __init__(self, start: CompileState, pipeline: Pipeline, probes: Sequence[Feeds], judge: Judging) -> None:
         self._start, self._probes, self._judge = start, probes, judge
-        self._front, self._last = before_qdq(pipeline)
+        self._front, self._rest = before_qdq(pipeline)
         self._known: dict[frozenset[str], Figures | None] = {}
         self.sensitivity: Sensitivity | None = None
 
@@ -108,7 +108,7 @@ class Trials:
             self._front.run(state, [keeper])
             if self.sensitivity is None and keeper.model is not None:
                 self.sensitivity = measure(state, keeper.model, self._probes)
-            self._last.run(state)
+            self._rest.run(state)
             alive = not kept or any(block.quantized for block in state.blocks.values())
             self._known[kept] = self._judge(ir.to_proto(state.graph)) if alive else None
         return self._known[kept]

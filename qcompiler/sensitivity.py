@@ -139,10 +139,10 @@ class FloatModel(Watcher):
 
 
 def before_qdq(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
-    """The passes before anything is written as integers, and the one that does. Raises UserError if there is none."""
+    """The passes before anything is written as integers, and the others. Raises UserError if there are no others."""
     for i, stage in enumerate(pipeline.passes):
         if stage.establishes is Phase.QDQ:
-            return Pipeline(pipeline.passes[:i]), Pipeline(pipeline.passes[i : i + 1])
+            return Pipeline(pipeline.passes[:i]), Pipeline(pipeline.passes[i:])
     raise UserError("the pipeline quantizes nothing", "--passes")
 
 
