@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ from qcompiler.errors import UserError
 from qcompiler.facts import Facts, Histogram, LayerRow, Recorder, gather
 from qcompiler.instrument import PassTime
 from qcompiler.quant import QuantParams
-from qcompiler.report import Report
+from qcompiler.report import Report, generic
 
 LIBRARIES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
 MAX_OPERATORS = 8
@@ -133,11 +132,11 @@ def _timeline(passes: list[PassTime]) -> list[tuple[PassTime, float, float]]:
 
 
 def _in_float(report: Report) -> list[tuple[str, str, list[str]]]:
-    """(operator, reason less the names that it quotes, layers) of what stays float, the most frequent first."""
+    """(operator, reason less names and numbers, layers) of what stays float, the most frequent first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for layer in report.layers:
         if not layer.quantized:
-            groups.setdefault((layer.op, re.sub(r" ?'[^']*'", "", layer.reason)), []).append(layer.name)
+            groups.setdefault((layer.op, generic(layer.reason)), []).append(layer.name)
     return sorted(((op, why, names) for (op, why), names in groups.items()), key=lambda group: -len(group[2]))
 
 

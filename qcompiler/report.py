@@ -179,7 +179,7 @@ def _in_float(layers: list[Layer], verbose: bool) -> Iterator[tuple[str, str]]:
     if verbose:
         yield from (("in float", f"{layer.op} {layer.name}: {layer.reason}") for layer in left)
         return
-    counts = Counter((layer.op, _generic(layer.reason)) for layer in left).most_common()
+    counts = Counter((layer.op, generic(layer.reason)) for layer in left).most_common()
     groups = sorted(counts, key=lambda group: group[0][0] not in HEAVY)
     for (op, reason), count in groups[:MAX_GROUPS]:
         yield "in float", f"{count} x {op}: {reason}"
@@ -188,7 +188,7 @@ def _in_float(layers: list[Layer], verbose: bool) -> Iterator[tuple[str, str]]:
         yield "in float", f"{rest} more, for {len(groups) - MAX_GROUPS} other reasons (-v lists all)"
 
 
-def _generic(reason: str) -> str:
+def generic(reason: str) -> str:
     """A reason without the names that it quotes and the times that it compares, so that like reasons fall together."""
     reason = re.sub(r": \S+ ms against \S+ ms$", "", reason)
     parts = reason.split("'")
