@@ -128,6 +128,22 @@ def test_onnxruntime_does_not_quantize_float_islands(emit: str, step: str) -> No
         assert find_traps(model, runtime.optimized(model)) == []
 
 
+def test_integers_next_to_float_islands_stay_integers() -> None:
+    """One tensor is read by a float and by an integer layer; an integer MaxPool makes it."""
+    net = Net(1, 16, 8, 8).conv().op("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+    source = net.last
+    left = net.conv().conv().last
+    net.op("Identity", source).conv()
+    net.op("Add", net.last, left).conv()
+    sample = {"x": net.sample()}
+    results = []
+    for emit in ("kernels", "integer", "qdq"):
+        model = compile_model(net.model(), [sample], keep_float=("node_t3",), emit=emit, compare=False).model
+        results.append(runtime.run(runtime.session(model), sample)[0])
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
 def test_traps_are_found() -> None:
     net = Net(1, 16, 8, 8).conv().conv().conv()
     text = "normalize,form-blocks,annotate,calibrate,align-scales,scale-weights,insert-qdq"

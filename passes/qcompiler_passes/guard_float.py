@@ -33,7 +33,7 @@ class GuardFloat:
 
 def _quantize(rewriter: Rewriter, node: Node) -> Refusal | None:
     maker = ir.producer(node.inputs[0])
-    if maker is None or maker.op != "MaxPool":
+    if maker is None or maker.op != "MaxPool" or _is_quantized(rewriter, maker):
         return Refusal("it stays where it is")
     return _spread(rewriter, node, node.inputs[0], maker)
 
@@ -42,8 +42,26 @@ def _dequantize(rewriter: Rewriter, node: Node) -> Refusal | None:
     if ir.is_constant(node.inputs[0]):
         return Refusal("it has no activation")
     result = node.outputs[0]
-    trapped = [user for user in rewriter.users(result) if user.op == "MaxPool" or _is_trapped(rewriter, user, result)]
-    return _spread(rewriter, node, result, trapped[0]) if trapped else Refusal("what it feeds stays as it is")
+    users = rewriter.users(result)
+    trapped = [user for user in users if _is_trapped(rewriter, user, result)]
+    if not trapped:
+        return Refusal("what it feeds stays as it is")
+    if not any(_is_quantized(rewriter, user) for user in users):
+        return _spread(rewriter, node, result, trapped[0])
+    own = rewriter.node("DequantizeLinear", node.inputs, origin=node, **node.attrs)
+    own.outputs[0].dtype, own.outputs[0].shape = result.dtype, result.shape
+    refusal = _spread(rewriter, own, result, trapped[0])
+    if refusal is None:
+        rewriter.replace_uses(result, own.outputs[0], trapped)
+    else:
+        rewriter.remove(own)
+    return refusal
+
+
+def _is_quantized(rewriter: Rewriter, node: Node) -> bool:
+    """Whether the node runs on integers, although Q and DQ may still stand around it."""
+    block = rewriter.state.blocks.get(node.name)
+    return block is not None and block.quantized
 
 
 def _spread(rewriter: Rewriter, node: Node, tensor: Tensor, neighbour: Node) -> Refusal | None:
@@ -60,6 +78,8 @@ def _spread(rewriter: Rewriter, node: Node, tensor: Tensor, neighbour: Node) -> 
 
 
 def _is_trapped(rewriter: Rewriter, node: Node, source: Tensor) -> bool:
+    if node.op == "MaxPool":
+        return not _is_quantized(rewriter, node)
     if node.op not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is not source or node.attrs.get("transA"):
         return False
     weight = ir.value(node.inputs[1])
