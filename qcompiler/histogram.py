@@ -67,7 +67,7 @@ class Histogram:
         values at all. Values out of range count to the outermost steps, where no quantized value makes up for them.
         """
         edges, below = self._distribution()
-        return np.array([_divergence(p, edges, below) for p in params])
+        return np.array([_divergence(p, edges, below, 0.5 / self.counts.sum()) for p in params])
 
     def errors(self, params: Sequence[QuantParams]) -> F64:
         """The sum of squared errors under each of the params, less a constant.
@@ -94,7 +94,8 @@ _CELLS = 8
 """Cells of a quantization step: 2,048 over the range of 8 bits, as many as TensorRT has over the range of a tensor."""
 
 
-def _divergence(params: QuantParams, edges: F64, below: F64) -> float:
+def _divergence(params: QuantParams, edges: F64, below: F64, least: float) -> float:
+    """`edges`, `below`: a distribution; `least`: the share that a step is taken to keep if only clipped values reach it."""
     spec = params.spec
     bounds = np.arange((spec.steps + 1) * _CELLS + 1) / _CELLS + (spec.qmin - params.zero_point - 0.5)
     shares = np.interp(bounds * float(params.scale), edges, below)
@@ -103,13 +104,13 @@ def _divergence(params: QuantParams, edges: F64, below: F64) -> float:
     wanted = kept.copy()
     wanted[0] += shares[0]
     wanted[-1] += 1 - shares[-1]
-    if (wanted[kept == 0] > 0).any():
-        return np.inf
     used = kept > 0
-    cells, kept, wanted = cells[used], kept[used], wanted[used]
-    even = kept / np.count_nonzero(cells, axis=1)
-    lost = (cells * np.log(np.where(cells > 0, cells, 1) / even[:, None])).sum(axis=1) / kept
-    return float(wanted @ (lost + np.log(wanted / kept)) + np.log(kept.sum()))
+    even = kept[used] / np.count_nonzero(cells[used], axis=1)
+    logs = np.log(np.where(cells[used] > 0, cells[used] / even[:, None], 1))
+    lost = (cells[used] * logs).sum(axis=1) / kept[used]
+    reached = wanted > 0
+    clipped = np.log(wanted[reached] / np.maximum(kept[reached], least))
+    return float(wanted[used] @ lost + wanted[reached] @ clipped + np.log(max(kept.sum(), least)))
 
 
 def rough_clip_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:

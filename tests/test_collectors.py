@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qcompiler.collectors import COLLECTORS, MinMax, Omse
+from qcompiler.collectors import COLLECTORS, Entropy, MinMax, MovingAverage, Omse, Percentile
 from qcompiler.quant import QuantParams, QuantSpec, dequantize, params_from_range, quantize
 
 U8 = QuantSpec("uint8", 0, 255)
@@ -185,3 +185,37 @@ def test_bounds_count_although_the_sample_missed_them():
     low, high = collector.finish(U8).range
     assert low <= -7
     assert high >= 9 * (1 - 1e-6)
+
+
+def test_the_average_of_bounds_ignores_how_often_a_sample_reaches_them():
+    collector = observed(MovingAverage, *(np.array([-k, 0, 2 * k], np.float32) for k in (1, 1, 1, 9)))
+    wanted = params_from_range(-3, 6, U8)
+    assert same(collector.finish(U8), wanted)
+
+
+def test_percentile_cuts_the_tails_and_nothing_else():
+    x = np.append(samples("normal"), [1e4, -1e4]).astype(np.float32)
+    low, high = observed(Percentile, np.tile(x, 2)).finish(U8).range
+    assert high == pytest.approx(np.quantile(x, 0.99995), rel=0.1)
+    assert low == pytest.approx(np.quantile(x, 0.00005), rel=0.1)
+
+
+def test_percentile_is_not_misled_by_exact_bounds():
+    collector = Percentile()
+    for _ in range(50):
+        collector.observe(-100.0, 100.0, samples("normal")[:1000])
+    assert collector.finish(U8).range[1] < 6
+
+
+def test_entropy_clips_outliers_and_keeps_what_is_dense():
+    spread = observed(Entropy, samples("uniform")).finish(U8)
+    assert spread.range[1] == pytest.approx(1, rel=0.05)
+    far = observed(Entropy, samples("one far outlier")).finish(U8)
+    assert far.range[1] < 50
+
+
+def test_entropy_searches_both_ends():
+    x = np.concatenate([samples("normal"), [300.0], [-40.0]]).astype(np.float32)
+    low, high = observed(Entropy, x).finish(U8).range
+    assert -20 < low < -2
+    assert 2 < high < 30
