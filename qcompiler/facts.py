@@ -201,18 +201,15 @@ def _layer_rows(
     comparison: Comparison | None,
     histograms: dict[str, Histogram | None],
 ) -> list[LayerRow]:
-    compared = comparison.layers if comparison else []
-    errors = {row.tensor: row for row in reversed(compared)}
-    by_layer = {row.layer: row for row in reversed(compared)}
+    errors = _errors(report, recorder, state, comparison.layers if comparison else [])
     kernels = _kernels(state, report)
     rows: list[LayerRow] = []
     for layer in report.layers:
         if not layer.quantized:
             continue
         block = state.blocks[layer.name]
-        tensor = next((t for t in block.outputs if t in errors), block.outputs[0])
-        named = (by_layer.get(name) for name in recorder.origin.get(block.root, ()) if layer.op in HEAVY)
-        error = errors.get(tensor) or next(filter(None, named), None)
+        error = errors.get(layer.name)
+        tensor = error.tensor if error and error.tensor in block.outputs else block.outputs[0]
         rows.append(
             LayerRow(
                 position=len(rows) + 1,
@@ -228,6 +225,27 @@ def _layer_rows(
             )
         )
     return rows
+
+
+def _errors(
+    report: Report, recorder: Recorder, state: CompileState, compared: Sequence[LayerError]
+) -> dict[str, LayerError]:
+    """Integer layer -> its error: of its own result, or where that is no tensor of the float model, of what it leads to.
+
+    No error is shown twice: of several layers that lead to one result, the heavy one has it.
+    """
+    by_tensor = {row.tensor: row for row in reversed(compared)}
+    by_layer = {row.layer: row for row in reversed(compared)}
+    found: dict[str, LayerError] = {}
+    taken: set[str] = set()
+    for layer in sorted((x for x in report.layers if x.quantized), key=lambda layer: layer.op not in HEAVY):
+        own = [by_tensor.get(t) for t in state.blocks[layer.name].outputs]
+        named = [by_layer.get(name) for name in recorder.origin.get(layer.name, ()) if layer.op in HEAVY]
+        row = next((row for row in (*own, *named) if row is not None and row.tensor not in taken), None)
+        if row is not None:
+            found[layer.name] = row
+            taken.add(row.tensor)
+    return found
 
 
 def _kernels(state: CompileState, report: Report) -> dict[str, tuple[str, ...]]:

@@ -307,3 +307,13 @@ def test_rows_of_matrix_products_have_errors() -> None:
     [gemm] = [row for row in found.layers if row.op == "Gemm"]
     assert gemm.error is not None
     assert gemm.error.op == "MatMul"
+
+
+def test_no_error_is_shown_twice() -> None:
+    text = "g (float[1,4,8,8] x) => (float[1,4,8,8] y) { a = Conv(x, w) b = HardSwish(a) y = Conv(b, w) }"
+    model = model_from_text(text, {"w": np.random.default_rng(0).standard_normal((4, 4, 1, 1)).astype(np.float32)})
+    for target in ("ort-cpu", "integer"):
+        _, found, _ = page_of(model, [random_feeds(model, seed) for seed in range(4)], target=target)
+        tensors = [row.error.tensor for row in found.layers if row.error is not None]
+        assert len(tensors) == len(set(tensors)) > 1
+        assert all(row.error is not None for row in found.layers if row.op.startswith("Conv"))
