@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-import numpy as np
+import onnx
 
 from qcompiler import ir, runtime
 from qcompiler.cost import Work
@@ -293,6 +293,17 @@ def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
         if sample is None:
             return None
         model = ir.submodel(state.graph.inputs, unknown, state.graph.opset)
-        values = runtime.run(runtime.session(model), {t.name: sample[t.name] for t in state.graph.inputs})
-        shapes |= {t.name: np.shape(value) for t, value in zip(unknown, values, strict=True)}
+        _reduce_to_shapes(model)
+        session = runtime.session(model, optimize=False, low_memory=True, consume=True)
+        found = runtime.run(session, {t.name: sample[t.name] for t in state.graph.inputs})
+        shapes |= {t.name: tuple(int(d) for d in dims) for t, dims in zip(unknown, found, strict=True)}
     return shapes
+
+
+def _reduce_to_shapes(model: onnx.ModelProto) -> None:
+    """Replace the outputs by their shapes, so that no activation outlives its last reader."""
+    names = [f"qcompiler.shape.{i}" for i in range(len(model.graph.output))]
+    given = zip(model.graph.output, names, strict=True)
+    model.graph.node.extend(onnx.helper.make_node("Shape", [value.name], [name]) for value, name in given)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in names)
