@@ -47,66 +47,65 @@ class Observed:
 
 @dataclass(frozen=True)
 class Reader:
-    """An operator with weights: variables of its channels, [groups, inputs] and [groups, outputs], and weights as in `Linear`.
+    """An operator with weights: the variables of its input channels, [groups, inputs], and weights as in `Linear`.
 
-    `power`: the mean square of each input, [groups, inputs].
+    `power`: the mean square of each input, [groups, inputs]. `importance`: what noise of power 1 in an output channel does in
+    the end, [groups, outputs].
     """
 
     inputs: Ids
-    outputs: Ids
     weight: Factors
     power: Factors
-
-    def scaled(self, factors: Factors) -> tuple[Factors, Factors]:
-        """Weights and input powers under the factors, so that the power of the result is 1."""
-        weight = self.weight * factors[self.outputs][:, :, None, None] / factors[self.inputs][:, None, :, None]
-        power = self.power * np.square(factors[self.inputs])
-        result = float((np.square(weight).sum(axis=3) * power[:, None, :]).sum())
-        return weight / np.sqrt(result) if result > 0 else np.zeros_like(weight), power
+    importance: Factors
 
 
 @dataclass(frozen=True)
 class Group:
-    """The variables whose channels are quantized together, the tensors that they occur in, and what reads these."""
+    """The variables whose channels are quantized together, the tensors that they occur in, and what reads these.
+
+    `gain`: what noise of power 1 in a channel does in the end. `columns`: the greatest weight that reads a channel, times the
+    square root of the importance of its output. Both of all variables, shape (variables,).
+    """
 
     members: Ids
     tensors: list[Observed]
     readers: list[Reader]
+    gain: Factors
+    columns: Factors
 
     def noise(self, factors: Factors) -> float:
-        """An estimate of the quantization noise in the results of the readers, relative to their power.
+        """An estimate of what quantization does in the end under factors of all variables, shape (variables,).
 
-        factors: of all variables, shape (variables,). Activations: a step squared over 12, but no more than the channel holds,
-        times the squares of the weights that read it. Weights: a step of each output channel squared over 12.
+        Activations: a step squared over 12, but no more than the channel holds. Weights: a step of each output channel squared
+        over 12, times the power that they multiply.
         """
-        gain, noise = np.zeros_like(factors), 0.0
+        noise = 0.0
         for reader in self.readers:
-            weight, power = reader.scaled(factors)
-            np.add.at(gain, reader.inputs, np.square(weight).sum(axis=(1, 3)))
-            steps = np.abs(weight).max(axis=(2, 3)) * 2 / _STEPS
-            noise += float((np.square(steps) * power.sum(axis=1)[:, None]).sum()) / 12 * weight.shape[3]
+            scale = factors[reader.inputs]
+            steps = np.abs(reader.weight / scale[:, None, :, None]).max(axis=(2, 3)) * 2 / _STEPS
+            power = (reader.power * np.square(scale)).sum(axis=1, keepdims=True) * reader.weight.shape[3]
+            noise += float((np.square(steps) / 12 * power * reader.importance).sum())
         for tensor in self.tensors:
             scale = factors[tensor.roots]
             step = ((tensor.high * scale).max() - (tensor.low * scale).min()) / _STEPS
-            rounding = np.minimum(step**2 / 12, tensor.power * np.square(scale))
-            noise += float((rounding * gain[tensor.roots]).sum()) / len(self.tensors)
+            rounding = np.minimum(step**2 / 12 / np.square(scale), tensor.power)
+            noise += float((rounding * self.gain[tensor.roots]).sum()) / len(self.tensors)
         return noise
 
     def step(self, factors: Factors, alpha: float, beta: float) -> Factors:
         """Factors in proportion to columns**beta / reach**alpha, shape (variables,): 1 beyond the group.
 
-        reach: the greatest magnitude of a channel; columns: the greatest weight that reads it. The largest channel keeps its
-        reach, and channels that hold only zeros keep theirs.
+        reach: the greatest magnitude of a channel. The largest channel keeps its reach, and channels that hold only zeros keep
+        theirs.
         """
-        reach, columns = np.zeros_like(factors), np.zeros_like(factors)
+        reach = np.zeros_like(factors)
         for tensor in self.tensors:
             np.maximum.at(reach, tensor.roots, np.maximum(tensor.high, -tensor.low) * factors[tensor.roots])
-        for reader in self.readers:
-            np.maximum.at(columns, reader.inputs, np.abs(reader.scaled(factors)[0]).max(axis=(1, 3)))
         result = np.ones_like(factors)
-        live = self.members[(reach[self.members] > 0) & (columns[self.members] > 0)]
+        live = self.members[(reach[self.members] > 0) & (self.columns[self.members] > 0)]
         if live.size:
-            reach, columns = (x[live] / x[live].max() for x in (reach, columns))
+            columns = self.columns[live] / factors[live]
+            reach, columns = reach[live] / reach[live].max(), columns / columns.max()
             wanted = np.maximum(columns, 1 / _LIMIT) ** beta / np.maximum(reach, 1 / _LIMIT) ** alpha
             result[live] = wanted / (wanted * reach).max()
         return result
@@ -149,18 +148,33 @@ def balance(state: CompileState, sources: frozenset[str], samples: int, alpha: f
 def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Group]:
     """What the samples show, in the order of the graph."""
     observed = _observe(state, channels, samples) if samples else []
-    power = np.zeros(len(channels.parents))
+    count = len(channels.parents)
+    power, gain, columns = np.zeros(count), np.zeros(count), np.zeros(count)
     for tensor in observed:
         np.maximum.at(power, tensor.roots, tensor.power)
     readers = []
-    for layer, before, after in channels.layers:
+    for layer, before, after in reversed(channels.layers):
         inputs, outputs = (channels.roots(ids).reshape(len(layer.weight), -1) for ids in (before, after))
-        readers.append(Reader(inputs, outputs, layer.weight, power[inputs]))
+        reader = Reader(inputs, layer.weight, power[inputs], _importance(layer.weight, power[inputs], gain[outputs]))
+        squares = np.square(layer.weight).sum(axis=3) * reader.importance[:, :, None]
+        np.add.at(gain, inputs, squares.sum(axis=1))
+        gain[0] = 0  # not a channel, but all that are fixed
+        np.maximum.at(columns, inputs, np.sqrt(squares.max(axis=1)))
+        readers.append(reader)
     found = []
-    for members, tensors in _partition(observed, len(power)):
+    for members, tensors in _partition(observed, count):
         own = [reader for reader in readers if np.isin(reader.inputs, members).any()]
-        found += [Group(members, tensors, own)] if own else []
+        found += [Group(members, tensors, own, gain, columns)] if own else []
     return found
+
+
+def _importance(weight: Factors, power: Factors, gain: Factors) -> Factors:
+    """That of output channels, [groups, outputs]: what their readers make of noise, or its share where nothing known reads them.
+
+    A share is of the power of the result, as if inputs were uncorrelated.
+    """
+    result = float((np.square(weight).sum(axis=3) * power[:, None, :]).sum())
+    return np.where(gain > 0, gain, 1 / result if result > 0 else 0.0)
 
 
 def _partition(observed: list[Observed], count: int) -> Iterator[tuple[Ids, list[Observed]]]:

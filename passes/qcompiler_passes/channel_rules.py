@@ -109,12 +109,12 @@ def _mul(channels: Channels, node: Node) -> Sequence[Ids] | None:
     ids = [channels.of(t) for t in node.inputs]
     free = [i for i, v in enumerate(ids) if not channels.is_fixed(v)]
     for i in free[1:]:
-        channels.fix(node.inputs[i])
+        channels.fix(node.inputs[i], Refusal("Mul takes a factor of one operand only", node.name))
     return [ids[free[0]]] if free else [FIXED]
 
 
 def _div(channels: Channels, node: Node) -> Sequence[Ids] | None:
-    channels.fix(node.inputs[1])
+    channels.fix(node.inputs[1], Refusal("it is what Div divides by", node.name))
     return _same(channels, node)
 
 
@@ -122,7 +122,7 @@ def _matmul(channels: Channels, node: Node) -> Sequence[Ids] | None:
     """A constant weight, or the product of activations whose right operand carries factors: probabilities times values."""
     if any(ir.is_constant(t) for t in node.inputs):
         return _layer(channels, node)
-    channels.fix(node.inputs[0])
+    channels.fix(node.inputs[0], Refusal("MatMul takes factors of its right operand only", node.name))
     ids = channels.of(node.inputs[1])
     return [ids] if ids.ndim < 2 or ids.shape[-2] == 1 else None
 
