@@ -18,8 +18,9 @@ class GuardFloat:
     """Give a Q or DQ next to a float operator one scale per channel, all equal, where ONNX Runtime would change the operator.
 
     Between a DQ with a single scale and a Q it quantizes the weights of a float Conv, ConvTranspose or Gemm, per tensor; and it
-    moves such a Q before a MaxPool, such a DQ behind it, where the kernel for integers may be many times slower. The function
-    stays the same to the bit.
+    moves such a Q before a MaxPool, such a DQ behind it, where the kernel for integers may be many times slower. A Max with the
+    lowest float keeps it from fusing a quantized Gemm that has a float result with the Relu behind it, which would dequantize the
+    weights at every inference. The function stays the same to the bit.
     """
 
     name: ClassVar[str] = "guard-float"
@@ -27,8 +28,9 @@ class GuardFloat:
     establishes: ClassVar[Phase | None] = None
 
     def run(self, state: CompileState) -> int:
-        """Return the number of Q and DQ that were changed."""
-        return apply_rules(Rewriter(state), {"QuantizeLinear": _quantize, "DequantizeLinear": _dequantize})
+        """Return the number of Q and DQ that were changed, and of Gemm that were kept apart."""
+        rules = {"QuantizeLinear": _quantize, "DequantizeLinear": _dequantize, "Gemm": _keep_apart}
+        return apply_rules(Rewriter(state), rules)
 
 
 def _quantize(rewriter: Rewriter, node: Node) -> Refusal | None:
@@ -56,6 +58,21 @@ def _dequantize(rewriter: Rewriter, node: Node) -> Refusal | None:
     else:
         rewriter.remove(own)
     return refusal
+
+
+def _keep_apart(rewriter: Rewriter, node: Node) -> Refusal | None:
+    weight = ir.producer(node.inputs[1])
+    if weight is None or weight.op != "DequantizeLinear":
+        return Refusal("it is not quantized")
+    user = rewriter.only_user(node.outputs[0])
+    if user is None or user.op != "Relu":
+        return Refusal("ONNX Runtime does not fuse it with what follows", "" if user is None else user.name)
+    raw = node.outputs[0]
+    lowest = rewriter.constant(f"{raw.name}_lowest", np.full((), np.finfo(np.float32).min, np.float32))
+    apart = rewriter.node("Max", [raw, lowest], origin=node)
+    apart.outputs[0].dtype, apart.outputs[0].shape = raw.dtype, raw.shape
+    rewriter.replace_uses(raw, apart.outputs[0], [user])
+    return None
 
 
 def _is_quantized(rewriter: Rewriter, node: Node) -> bool:

@@ -1,0 +1,34 @@
+"""guard-float: what stays float runs in float, and what is quantized on integers, in ONNX Runtime's own graph."""
+
+from __future__ import annotations
+
+import numpy as np
+from qcompiler_passes.guard_float import GuardFloat
+
+from qcompiler import ir
+from qcompiler.runtime import optimized_ops, run, session
+from tests.forms import TO_KERNELS, TO_QDQ, compiled, graph_text, weights
+from tests.support import random_feeds
+
+
+def test_a_quantized_gemm_is_not_fused_with_a_relu() -> None:
+    text = (
+        "g (float[1,8,4,4] x) => (float[] y) { c = Conv(x, v) f = Flatten(c) "
+        "h = Gemm(f, w, b) a = Relu(h) y = LogSoftmax(a) }"
+    )
+    model = graph_text(text, v=weights(8, 8, 1, 1), w=weights(128, 10), b=weights(10))
+    plain = compiled(model, *TO_QDQ)
+    fused = optimized_ops(ir.to_proto(plain.graph))
+    guard = GuardFloat()
+    assert guard.run(plain) == 1
+    assert guard.run(plain) == 0
+    guarded = ir.to_proto(plain.graph)
+    ops = optimized_ops(guarded)
+    assert fused["com.microsoft.FusedGemm"] == 1
+    assert (ops["com.microsoft.FusedGemm"], ops["com.microsoft.QGemm"], ops["DequantizeLinear"]) == (0, 1, 0)
+    kernels = compiled(model, *TO_KERNELS)
+    assert GuardFloat().run(kernels) == 0
+    for seed in range(3):
+        feeds = random_feeds(model, seed)
+        both = (run(session(m), feeds)[0] for m in (guarded, ir.to_proto(kernels.graph)))
+        np.testing.assert_array_equal(*both)
