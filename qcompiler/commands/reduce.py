@@ -102,11 +102,10 @@ def _write(found: Reduced, output: Path) -> Path:
 def _print(found: Reduced, output: Path, folder: Path) -> None:
     for step in found.steps:
         click.echo(f"  {step}")
-    graph = found.model.graph
-    click.echo(f"{output}  {len(graph.node)} nodes, {len(found.samples)} samples in {folder}")
+    nodes = [node.op_type for node in found.model.graph.node if node.op_type != "Constant"]
+    click.echo(f"{output}  {len(nodes)} nodes, {len(found.samples)} samples in {folder}")
     click.echo(f"fails     {found.failure}")
-    operators = ", ".join(node.op_type for node in graph.node[:12])
-    click.echo(f"nodes     {operators}{' …' if len(graph.node) > 12 else ''}")
+    click.echo(f"nodes     {', '.join(nodes[:12])}{' …' if len(nodes) > 12 else ''}")
     click.echo(
         f"try       qcompile {shlex.quote(str(output))} --calib {shlex.quote(str(folder))}, with the same options"
     )
