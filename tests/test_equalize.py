@@ -37,9 +37,9 @@ def _net(body: str, opset: int = 17, **constants: np.ndarray) -> onnx.ModelProto
     return graph_text(HEAD + body + "}", opset, **used)
 
 
-def _equalized(model: onnx.ModelProto, **options: float) -> tuple[CompileState, int]:
+def _equalized(model: onnx.ModelProto, alpha: float = 0.5) -> tuple[CompileState, int]:
     state = compiled(model)
-    count = Equalize(**options).run(state)
+    count = Equalize(alpha).run(state)
     advance(state)
     return state, count
 
@@ -105,7 +105,7 @@ def _pattern(name: str) -> onnx.ModelProto:
     constants = dict(CONSTANTS)
     if name == "flatten":
         constants["square"] = np.array([1, 8, 1, 1])
-    return _net(PATTERNS[name], **constants)
+    return _net(PATTERNS[name], 17, **constants)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -156,8 +156,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("op", REFUSED)
 def test_says_what_stands_in_the_way(op: str) -> None:
-    bounds = {"zero": np.float32(0), "six": np.float32(6)}
-    model = _net(REFUSED[op], **CONSTANTS, **bounds)
+    bounds = {"zero": np.zeros((), np.float32), "six": np.full((), 6, np.float32)}
+    model = _net(REFUSED[op], 17, **CONSTANTS, **bounds)
     state, count = _equalized(model)
     assert count == 0
     assert state.refusals["Conv_a"].reason == f"{op} does not pass a factor on"

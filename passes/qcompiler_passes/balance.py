@@ -17,6 +17,7 @@ import numpy as np
 from qcompiler import ir
 from qcompiler.ir import Graph, Tensor
 from qcompiler.ops import Lowering, op_key
+from qcompiler.quant import F32
 from qcompiler.rewrite import Refusal, Rewriter
 from qcompiler.runtime import run, session
 from qcompiler.state import CompileState, Feeds
@@ -29,7 +30,7 @@ _LIMIT = 16.0
 _LEAST_GAIN = 1.12
 """By how much a step must lower the noise of its group: half a decibel."""
 
-_MAX_SWEEPS = 8
+_BALANCED = Refusal("no factors would lower the estimated noise by half a decibel")
 
 _STEPS = 255
 
@@ -47,14 +48,15 @@ class Observed:
 
 @dataclass(frozen=True)
 class Reader:
-    """An operator with weights: the variables of its input channels, [groups, inputs], and weights as in `Linear`.
+    """An operator with weights: the variables of its input channels, [groups, inputs].
 
-    `power`: the mean square of each input, [groups, inputs]. `importance`: what noise of power 1 in an output channel does in
+    `weight`: the greatest magnitude of its weights, float32 [groups, outputs, inputs]. `power`: the power of each input, summed
+    over the positions that a kernel reads, [groups, inputs]. `importance`: what noise of power 1 in an output channel does in
     the end, [groups, outputs].
     """
 
     inputs: Ids
-    weight: Factors
+    weight: F32
     power: Factors
     importance: Factors
 
@@ -82,8 +84,8 @@ class Group:
         noise = 0.0
         for reader in self.readers:
             scale = factors[reader.inputs]
-            steps = np.abs(reader.weight / scale[:, None, :, None]).max(axis=(2, 3)) * 2 / _STEPS
-            power = (reader.power * np.square(scale)).sum(axis=1, keepdims=True) * reader.weight.shape[3]
+            steps = (reader.weight * (1 / scale).astype(np.float32)[:, None, :]).max(axis=2) * (2 / _STEPS)
+            power = (reader.power * np.square(scale)).sum(axis=1, keepdims=True)
             noise += float((np.square(steps) / 12 * power * reader.importance).sum())
         for tensor in self.tensors:
             scale = factors[tensor.roots]
@@ -122,27 +124,34 @@ def balance(state: CompileState, sources: frozenset[str], samples: int, alpha: f
         return 0
     rewriter = Rewriter(state)
     found = _groups(state, channels, list(islice(state.calibration or (), samples)))
-    factors, changed = np.ones(len(channels.parents)), set()
-    for _ in range(_MAX_SWEEPS):
-        settled = True
-        for i, group in reversed(list(enumerate(found))):
-            if i not in changed and rewriter.exhausted:
-                continue
-            wanted = factors * group.step(factors, alpha, beta)
-            if group.noise(wanted) * _LEAST_GAIN < group.noise(factors):
-                factors, settled = wanted, False
-                rewriter.count += i not in changed
-                changed.add(i)
-        if settled:
-            break
     makers = {t.name: n.name for n in state.graph.nodes for t in n.outputs}
-    balanced = Refusal("no factors would lower the estimated noise by half a decibel")
-    state.refusals |= {makers[g.tensors[0].name]: balanced for i, g in enumerate(found) if i not in changed}
+    factors = np.ones(len(channels.parents))
+    for group in found:
+        if rewriter.exhausted:
+            break
+        own = _settle(group, alpha, beta)
+        if own is None:
+            state.refusals[makers[group.tensors[0].name]] = _BALANCED
+        else:
+            factors[group.members] = own[group.members]
+            rewriter.count += 1
     refusal = multiply(rewriter, channels, factors)
     if refusal is not None:
         state.refusals[refusal.culprit] = refusal
         return 0
     return rewriter.finish()
+
+
+def _settle(group: Group, alpha: float, beta: float) -> Factors | None:
+    """The factors after which no step lowers the noise of the group; None if they are all 1."""
+    factors, steps = np.ones_like(group.gain), 0
+    noise = group.noise(factors)
+    while True:
+        wanted = factors * group.step(factors, alpha, beta)
+        least = group.noise(wanted)
+        if least * _LEAST_GAIN >= noise:
+            return factors if steps else None
+        factors, noise, steps = wanted, least, steps + 1
 
 
 def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Group]:
@@ -154,13 +163,17 @@ def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> li
         np.maximum.at(power, tensor.roots, tensor.power)
     readers = []
     for layer, before, after in reversed(channels.layers):
+        if channels.is_fixed(before):
+            continue
         inputs, outputs = (channels.roots(ids).reshape(len(layer.weight), -1) for ids in (before, after))
-        reader = Reader(inputs, layer.weight, power[inputs], _importance(layer.weight, power[inputs], gain[outputs]))
-        squares = np.square(layer.weight).sum(axis=3) * reader.importance[:, :, None]
+        weight = layer.weight.astype(np.float32)
+        squares = np.einsum("goit,goit->goi", weight, weight)
+        importance = _importance(squares, power[inputs], gain[outputs])
+        readers.append(Reader(inputs, np.abs(weight).max(axis=3), power[inputs] * weight.shape[3], importance))
+        squares *= importance[:, :, None].astype(np.float32)
         np.add.at(gain, inputs, squares.sum(axis=1))
         gain[0] = 0  # not a channel, but all that are fixed
         np.maximum.at(columns, inputs, np.sqrt(squares.max(axis=1)))
-        readers.append(reader)
     found = []
     for members, tensors in _partition(observed, count):
         own = [reader for reader in readers if np.isin(reader.inputs, members).any()]
@@ -168,12 +181,12 @@ def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> li
     return found
 
 
-def _importance(weight: Factors, power: Factors, gain: Factors) -> Factors:
+def _importance(squares: F32, power: Factors, gain: Factors) -> Factors:
     """That of output channels, [groups, outputs]: what their readers make of noise, or its share where nothing known reads them.
 
     A share is of the power of the result, as if inputs were uncorrelated.
     """
-    result = float((np.square(weight).sum(axis=3) * power[:, None, :]).sum())
+    result = float((squares * power[:, None, :]).sum())
     return np.where(gain > 0, gain, 1 / result if result > 0 else 0.0)
 
 

@@ -21,7 +21,7 @@ class MigrateScales:
     """
 
     alpha: float = 0.5
-    samples: int = 32
+    samples: int = 16
 
     name: ClassVar[str] = "migrate-scales"
     requires: ClassVar[Phase] = Phase.FLOAT
