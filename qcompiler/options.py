@@ -76,6 +76,17 @@ data_options = _all(
     ),
 )
 
+
+class _CollectorOption(click.Option):
+    """Names the collectors that there are when help is asked for, so that nothing is imported before."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from qcompiler.collectors import COLLECTORS  # noqa: PLC0415
+
+        record = super().get_help_record(ctx)
+        return record and (record[0], f"{record[1]}: {', '.join(COLLECTORS)}, or one from a plug-in.")
+
+
 pipeline_options = _all(
     click.option(
         "--emit",
@@ -91,7 +102,7 @@ pipeline_options = _all(
         help="Time for accuracy, from 0, min-max ranges only, to 3, all there is.  [default: 2]",
     ),
     click.option("--target", default="ort-cpu", show_default=True, help="The hardware (see `qcompile targets`)."),
-    click.option("--collector", help="How activation ranges are measured: minmax, omse, or one from a plug-in."),
+    click.option("--collector", cls=_CollectorOption, help="How activation ranges are measured"),
     click.option(
         "--optimize",
         type=click.Choice(["latency", "size", "integer"]),

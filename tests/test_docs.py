@@ -10,9 +10,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from qcompiler_passes import DEFAULT_PIPELINE, LEVELS
 
 from qcompiler.cli import cli
+from qcompiler.collectors import COLLECTORS
 from qcompiler.ops import Lowering, OpRule
 from qcompiler.pipeline import parse_pipeline
 from qcompiler.plugin import load_registry
@@ -118,6 +120,18 @@ def test_options_exist(path: Path) -> None:
     assert spans or path.name not in ("README.md", "write-a-pass.md")
     used = {word for span in spans for text in span for word in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text)}
     assert used <= known | ({"--test"} if path.parent.name == "benchmarks" else set())
+
+
+def test_documents_and_help_name_every_collector() -> None:
+    words = " ".join(runner_help().split())
+    assert f"{', '.join(COLLECTORS)}, or one from a plug-in" in words
+    rows = list(table(ROOT / "docs/numerics.md", "collector"))
+    assert sorted(row[0].split("`")[1] for row in rows) == sorted(COLLECTORS)
+    assert all(f"`{name}`" in (ROOT / "README.md").read_text() for name in COLLECTORS)
+
+
+def runner_help() -> str:
+    return CliRunner().invoke(cli, ["compile", "--help"]).output
 
 
 def test_readme_names_every_target() -> None:
