@@ -80,7 +80,7 @@ class Replay:
         return found
 
     def _run(self, reads: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[NDArray[Any]]]:
-        runner = session(ir.submodel(reads, wanted, self._opset), consume=True)
+        runner = session(ir.submodel(reads, wanted, self._opset), consume=True, keep_float=True)
         return run_all(runner, [{t.name: values[t.name] for t in reads} for values in self._front])
 
     def _drop_samples(self) -> None:

@@ -46,6 +46,7 @@ def session(
     threads: int = 1,
     low_memory: bool = False,
     consume: bool = False,
+    keep_float: bool = False,
     optimized: Path | None = None,
     profile: Path | None = None,
 ) -> Session:
@@ -53,7 +54,9 @@ def session(
 
     `optimize`: all graph optimizations, or none. `threads`: of one operator; 0 means all cores. `low_memory`: run each node as
     soon as it can, so that reductions free their inputs early. `consume`: empty the ModelProto, so that no large model is held
-    twice. `optimized`: where to write the graph that really runs, its constants beside it. `profile`: prefix of a trace file.
+    twice. `keep_float`: leave the weights of float operators between DQ and Q as they are, even if nothing guards them against
+    ONNX Runtime, which rounds them per tensor. `optimized`: where to write the graph that really runs, its constants beside it.
+    `profile`: prefix of a trace file.
     Raises RuntimeError, with ONNX Runtime's message, for a model that it does not load.
     """
     options = ort.SessionOptions()
@@ -73,14 +76,15 @@ def session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    disabled = ["WeightBiasQuantization"] if keep_float else []
     if isinstance(model, onnx.ModelProto):
         if model.ByteSize() > IN_MEMORY_LIMIT:
-            return _through_file(model, options)
+            return _through_file(model, options, disabled)
         data = model.SerializeToString()
         if consume:
             model.Clear()
-        return _open(data, options)
-    return _open(model, options)
+        return _open(data, options, disabled)
+    return _open(model, options, disabled)
 
 
 @cache
@@ -95,18 +99,20 @@ def _return_large_blocks() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BLOCK)
 
 
-def _open(model: bytes | Path, options: Any) -> Session:
+def _open(model: bytes | Path, options: Any, disabled: Sequence[str]) -> Session:
     _return_large_blocks()
     try:
         source = str(model) if isinstance(model, Path) else model
-        opened = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        opened = ort.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled or None
+        )
     except Exception as error:
         raise RuntimeError(f"ONNX Runtime does not load the model: {_message(error)}") from error
     opened._model_bytes = None  # it keeps them for a change of providers
     return opened
 
 
-def _through_file(model: onnx.ModelProto, options: Any) -> Session:
+def _through_file(model: onnx.ModelProto, options: Any, disabled: Sequence[str]) -> Session:
     """A session on a copy with external data; ONNX Runtime keeps the files open after they lose their names."""
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         copy = onnx.ModelProto()
@@ -116,7 +122,7 @@ def _through_file(model: onnx.ModelProto, options: Any) -> Session:
         path = Path(folder, "model.onnx")
         path.write_bytes(copy.SerializeToString())
         del copy
-        return _open(path, options)
+        return _open(path, options, disabled)
 
 
 def run(runner: Session, feeds: Feeds) -> list[Any]:

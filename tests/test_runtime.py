@@ -39,7 +39,7 @@ def test_a_large_model_goes_through_a_file(model, monkeypatch):
     monkeypatch.setattr(runtime, "IN_MEMORY_LIMIT", 1000)
     opened = []
     real = runtime._open
-    monkeypatch.setattr(runtime, "_open", lambda source, options: opened.append(source) or real(source, options))
+    monkeypatch.setattr(runtime, "_open", lambda source, *rest: opened.append(source) or real(source, *rest))
     got = runtime.run(runtime.session(model), FEEDS)
     np.testing.assert_array_equal(got, wanted)
     assert not opened[0].exists()

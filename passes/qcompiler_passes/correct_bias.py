@@ -16,7 +16,6 @@ from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
 from qcompiler.runtime import run_all, session
 from qcompiler.state import Block, CompileState, Feeds, Phase
-from qcompiler_passes.guard_float import GuardFloat
 from qcompiler_passes.insert_qdq import InsertQdq
 
 F32 = NDArray[np.float32]
@@ -169,11 +168,10 @@ def _mean(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
 
 
 def _quantized_twin(state: CompileState) -> Graph:
-    """The graph as insert-qdq will write it, for measurement: what stays float has to stay float there, too."""
+    """The graph as insert-qdq will write it, for measurement."""
     twin = state.clone()
     twin.rewrite_limit = None
     InsertQdq().run(twin)
-    GuardFloat().run(twin)
     return twin.graph
 
 
