@@ -48,16 +48,22 @@ class Correction:
         self.inside = inside if np.min(self.share, initial=1) < 1 else None
 
     def apply(self, given: Sequence[Array]) -> list[Array]:
-        """The results, one per sample, with the mean error taken out."""
+        """The results, one per sample, with the mean error taken out that the other samples show: no error explains itself."""
         errors = self.means - self._means(given)
-        mean, doubt = errors.mean(0), errors.var(0) / len(errors)
+        others = max(len(errors) - 1, 1)
+        mean = (errors.sum(0) - errors) / others
+        doubt = errors.var(0, ddof=min(others, 1)) / others
         certainty = np.maximum(0, 1 - doubt / np.maximum(np.square(mean), np.finfo(np.float64).tiny))
-        shift = (mean * certainty / np.maximum(self.share, LEAST_ACTIVE)).astype(np.float32)
-        shift = np.expand_dims(shift, self._others(given[0].ndim))
-        if self.inside is None:
-            return [y + shift for y in given]
-        moved = (y + shift * mask for y, mask in zip(given, self.inside, strict=True))
-        return [np.clip(y, self.bounds.low, self.bounds.high, out=y) for y in moved]
+        shifts = (mean * certainty / np.maximum(self.share, LEAST_ACTIVE)).astype(np.float32)
+        moved = []
+        for i, (y, shift) in enumerate(zip(given, shifts, strict=True)):
+            step = np.expand_dims(shift, self._others(y.ndim))
+            if self.inside is None:
+                moved.append(y + step)
+            else:
+                result = y + step * self.inside[i]
+                moved.append(np.clip(result, self.bounds.low, self.bounds.high, out=result))
+        return moved
 
     def _others(self, rank: int) -> tuple[int, ...]:
         return tuple(i for i in range(rank) if i != self.bounds.axis % rank)
