@@ -52,12 +52,15 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Judge:
-    """A metric, the higher the better. `unit`: `%` or nothing; `samples`: how many it takes, 0 if it does not say."""
+    """A metric, the higher the better. `unit`: `%` or nothing; `samples`: how many it takes, 0 if it does not say; `source`: the
+    samples, if they are known.
+    """
 
     name: str
     unit: str
     samples: int
     score: Callable[[Session], float]
+    source: Source | None = None
 
     def drop(self, before: float, after: float) -> float:
         """What was lost, in percentage points where the metric is a percentage, else in percent of the value before."""
@@ -147,7 +150,7 @@ def _of_labels(source: Source, labels: _Labels, where: str) -> Judge:
             right += int(np.count_nonzero((scores if scores.ndim == 1 else scores.argmax(axis=1)) == wanted))
         return round(100 * right / (len(source) * size), 4)
 
-    return Judge("top-1", "%", len(source) * size, score)
+    return Judge("top-1", "%", len(source) * size, score, source)
 
 
 def _scores(output: Any, size: int, where: str) -> Array:
