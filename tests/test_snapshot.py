@@ -13,6 +13,7 @@ import pytest
 
 from qcompiler import ir, snapshot
 from qcompiler.compile import CompileOptions, prepare
+from qcompiler.cost import Work
 from qcompiler.errors import UserError
 from qcompiler.images import PRESETS
 from qcompiler.pipeline import Pipeline
@@ -53,6 +54,9 @@ def odd_state() -> CompileState:
         integers={"w": np.array([[-128, 127, 3]], np.int8)},
         corrected={"c", "b", "a"},
         keep_float={"*head*": "asked for"},
+        float_work=(Work("conv", macs=1 / 3),),
+        skip=("fold-width",),
+        predicted=(0.1, 2 / 3),
         metadata={"author": "né"},
         notes=["a note"],
     )
@@ -66,6 +70,8 @@ def facts(value: Any) -> Any:
         return repr(value)  # 6 is not 6.0
     if isinstance(value, QuantParams):
         return value.spec, value.scale.dtype, value.scale.shape, value.scale.tobytes(), value.zero_point
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.tolist()
     if isinstance(value, Counterpart):
         return value.source, value.factor.tolist(), value.offset.tolist(), value.reshaped
     return value
