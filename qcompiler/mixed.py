@@ -34,6 +34,9 @@ MAX_TRIALS = 10
 FIRST_STEP = 3.0
 """Decibels by which the predicted SQNR grows after a first trial that nothing else can guide."""
 
+LEAST_COST = 1e-6
+"""What a layer counts that costs nothing in float."""
+
 NEAR = 0.25
 """Decibels between a choice that reaches the goal and one that does not, below which the search ends."""
 
@@ -178,7 +181,7 @@ class _Search:
         for step in self.steps:
             new = [name for name in step if name not in self.kept]
             cost = sum(self.found.layers[name].cost for name in new)
-            gain = (now - self.excess(self._noise_without(new))) / (cost + 1.0) if new else 0.0
+            gain = (now - self.excess(self._noise_without(new))) / (cost + LEAST_COST) if new else 0.0
             if gain > most:
                 best, most = step, gain
         self.noise = self._noise_without([name for name in best if name not in self.kept])
