@@ -35,19 +35,20 @@ def _model(text: str = ATTENTION) -> onnx.ModelProto:
     return graph_text(text, **{name: array for name, array in given.items() if name in text})
 
 
-def _migrated(model: onnx.ModelProto) -> tuple[CompileState, int]:
+def _migrated(model: onnx.ModelProto, beta: float = 0.0) -> tuple[CompileState, int]:
     state = compiled(model, NormalizeGemm())
-    count = MigrateScales().run(state)
+    count = MigrateScales(beta=beta).run(state)
     advance(state)
     return state, count
 
 
-def test_keeps_the_function_and_a_second_run_changes_nothing() -> None:
-    state, count = _migrated(_model())
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_keeps_the_function_and_a_second_run_changes_nothing(beta: float) -> None:
+    state, count = _migrated(_model(), beta)
     assert count == 1
     assert_same_function(_model(), ir.to_proto(state.graph))
     before = format_graph(state.graph)
-    assert MigrateScales().run(state) == 0
+    assert MigrateScales(beta=beta).run(state) == 0
     assert format_graph(state.graph) == before
 
 

@@ -1,8 +1,8 @@
 """Choose channel factors from what the channels hold, so that one scale per tensor serves all of its channels well.
 
 Shared by equalize and migrate-scales. The channels of all tensors that share factors form a group; its factors change in steps,
-each of which must lower an estimate of the noise that quantization will cause. A graph in which no step does that stays as it
-is, and the estimate depends on nothing but the graph and the samples, so that a second run finds nothing left to do.
+each of which must lower an estimate of the noise that quantization will cause. The estimate of a group depends on no factors
+but its own, so that a second run starts where the first one stopped and finds nothing left to do.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Equalize:
     """
 
     alpha: float = 0.5
-    samples: int = 16
+    samples: int = 32
 
     name: ClassVar[str] = "equalize"
     requires: ClassVar[Phase] = Phase.FLOAT
