@@ -17,7 +17,7 @@ from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge, judge
 from qcompiler.instrument import Dump, Operators, Reproducer, Timing, Verify
-from qcompiler.load import input_specs, load_model
+from qcompiler.load import input_specs, is_quantized, load_model
 from qcompiler.measure import evaluate, measure
 from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
@@ -93,7 +93,7 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
     float_model = load_model(model)
     specs = input_specs(float_model)
     split = None if calib is None else Split(as_source(calib, specs, options.preprocess, options.samples))
-    if split is None and any(p.name == "calibrate" for p in pipeline.passes):
+    if split is None and not is_quantized(float_model) and any(p.name == "calibrate" for p in pipeline.passes):
         raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
     state = CompileState(
         ir.from_proto(float_model),

@@ -37,14 +37,14 @@ _MAGIC = {
     b"\xff\xd8\xff": "a picture",
 }
 
-_QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "MatMulNBits")
-"""DequantizeLinear alone is how float models store small weights; fold-constants computes them."""
+_INTEGER = ("DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "MatMulNBits", "MatMulIntegerToFloat", "QMoE")
+"""Operators of quantized models whose activations have no constant scales, or whose scales are gone."""
 
 
 def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     """Return a checked model that holds all of its data, with its functions inlined; `source` itself is not changed.
 
-    Raises UserError if it is missing, damaged, already quantized, too old or new, or does not load in ONNX Runtime.
+    Raises UserError if it is missing, damaged, quantized beyond recognition, too old or new, or does not load in ONNX Runtime.
     """
     if isinstance(source, onnx.ModelProto):
         where, model = "model", onnx.ModelProto()
@@ -54,7 +54,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         where = str(source)
         model = read_model(Path(source))
     _check_versions(model, where)
-    _refuse_quantized(model, where)
+    _refuse_integer(model, where)
     if model.functions:
         _check_functions(model, where)
     _make_initializers_constant(model)
@@ -159,12 +159,25 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
         raise UserError(f"opset {opset} is newer than the newest known, {newest}", where)
 
 
-def _refuse_quantized(model: onnx.ModelProto, where: str) -> None:
+def _refuse_integer(model: onnx.ModelProto, where: str) -> None:
     for owner in (*graphs(model.graph), *model.functions):
         for node in owner.node:
             op = node.op_type
-            if op in _QUANTIZED or op.startswith(("QLinear", "QGemm", "QAttention")) or node.domain == functions.DOMAIN:
-                raise UserError(f"the model is already quantized ({op}); give the float model", where)
+            if op in _INTEGER or op.startswith(("QAttention", "DynamicQuantize")) or node.domain == functions.DOMAIN:
+                raise UserError(
+                    f"the model is already quantized, in a form without scales ({op}); give the float model", where
+                )
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether a model quantizes activations, so that it comes with their scales."""
+    constants = {t.name for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type.startswith(("QLinear", "QGemm")):
+            return True
+        if node.op_type == "QuantizeLinear" and node.input[0] not in constants:
+            return True
+    return False
 
 
 def _check_functions(model: onnx.ModelProto, where: str) -> None:

@@ -18,6 +18,9 @@ MAX_GROUPS = 8
 HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators that take the time; what became of them comes first."""
 
+CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
+"""What a float model has at integer inputs and outputs: no layers."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -160,7 +163,7 @@ def layers_of(state: CompileState, operators: dict[str, str]) -> list[Layer]:
     """The blocks as layers, if it is decided what becomes of them; `operators` gives the types of the roots to report."""
     if state.phase < Phase.ANNOTATED:
         return []
-    blocks = [b for b in state.blocks.values() if b.root in operators]
+    blocks = [b for b in state.blocks.values() if operators.get(b.root, "") not in ("", *CONVERSIONS)]
     return [Layer(b.root, operators[b.root], b.quantized, b.reason) for b in blocks]
 
 

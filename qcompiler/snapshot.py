@@ -151,6 +151,7 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "params": {name: _params_to_json(params) for name, params in state.params.items()},
         "tables": {name: base64.b64encode(table).decode() for name, table in state.tables.items()},
         "integers": {name: _integers_to_json(values) for name, values in state.integers.items()},
+        "imported": {name: _params_to_json(params) for name, params in state.imported.items()},
         "shapes": {t.name: list(t.shape) for t in _untyped(state.graph)},
     }
 
@@ -219,6 +220,7 @@ def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> Comp
         origin={node: tuple(layers) for node, layers in data["origin"].items()},
         counterparts={tensor: _counterpart(*entry) for tensor, entry in data["counterparts"].items()},
         integers={tensor: _integers(*entry) for tensor, entry in data["integers"].items()},
+        imported={tensor: _params(params) for tensor, params in data["imported"].items()},
         corrected=set(data["corrected"]),
         keep_float=dict(data["keep_float"]),
         collectors=registry.collectors,

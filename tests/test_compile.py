@@ -200,7 +200,7 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
 
 
 def quantized() -> onnx.ModelProto:
-    return model_from_text("g (float[1] x, float s) => (uint8[1] y) { y = QuantizeLinear(x, s) }")
+    return model_from_text("g (float[1] x) => (uint8[1] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }")
 
 
 def test_a_float_model_with_dequantized_weights_is_welcome() -> None:
@@ -255,7 +255,7 @@ def newer_ir() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (quantized, "the model is already quantized (QuantizeLinear); give the float model"),
+        (quantized, "the model is already quantized, in a form without scales (DynamicQuantizeLinear); give the float model"),
         (lambda: opset(6), "opset 6 is too old: export with opset 7 or newer"),
         (lambda: opset(99), "opset 99 is newer than the newest known"),
         (newer_ir, "IR version 99 is newer than the newest known"),

@@ -68,6 +68,11 @@ def params(state: CompileState) -> list[str]:
     return [f"params {n} {p.spec.dtype} {float(p.scale.max()):.4g} {p.zero_point}" for n, p in state.params.items()]
 
 
+def imported(state: CompileState) -> list[str]:
+    """A line per tensor whose params the model came with."""
+    return [f"imported {n} {p.spec.dtype} {float(p.scale):.4g} {p.zero_point}" for n, p in state.imported.items()]
+
+
 QUANTIZED = "c = Conv(x, w, b) r = Relu(c) s = Sigmoid(r) y = Conv(s, v)"
 WEIGHTS = {"w": f(0.5), "b": f(0.25, shape=(1,)), "v": f(-1)}
 
@@ -289,6 +294,25 @@ GOLDEN: dict[str, Golden] = {
         before=None,
         signature="float[1,2,2,2] x) => (float[1,2,2,2] y",
         keep_float={"m": "as asked", "d": "as asked"},
+    ),
+    "import-quantization": Golden(
+        "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) c = Conv(d, w) p = QuantizeLinear(c, t, l) "
+        "e = DequantizeLinear(p, t, l) y = Conv(e, v)",
+        {
+            **WEIGHTS,
+            **{"s": np.float32(0.02), "z": np.int8(3), "t": np.float32(0.01), "l": np.int8(-128)},
+        },
+        """
+        inputs: x:float32[1,1,2,2]
+        c_raw = Conv(x, 0.5)
+        c = Relu(c_raw)
+        y = Conv(c, -1)
+        outputs: y:float32[1,1,2,2]
+        imported x uint8 0.02 130
+        imported c uint8 0.01 0
+        """,
+        before="normalize",
+        show=imported,
     ),
     "insert-qdq": Golden(
         QUANTIZED,

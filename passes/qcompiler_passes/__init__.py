@@ -17,6 +17,7 @@ from qcompiler_passes.fold_scales import FoldScales
 from qcompiler_passes.fold_width import FoldWidth
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.guard_float import GuardFloat
+from qcompiler_passes.import_quantization import ImportQuantization
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.lower_integer import LowerInteger
 from qcompiler_passes.migrate_scales import MigrateScales
@@ -33,8 +34,8 @@ from qcompiler_passes.split_groups import SplitGroups
 from qcompiler_passes.targets import TARGETS
 
 _FLOAT = (
-    "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,normalize-gemm,"
-    "fold-constants,account,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
+    "normalize,fold-constants,import-quantization,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,"
+    "normalize-gemm,fold-constants,account,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
 )
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
@@ -67,6 +68,7 @@ PLUGIN = Plugin(
         FoldWidth,
         FormBlocks,
         GuardFloat,
+        ImportQuantization,
         InsertQdq,
         LowerInteger,
         MigrateScales,

@@ -121,7 +121,7 @@ class _Choice:
         maker = ir.producer(tensor)
         if ir.is_constant(tensor):
             return True
-        if maker is None:
+        if maker is None or maker.op == "DequantizeLinear":  # of integers that the model is fed
             return rule.lowering is Lowering.MOVE
         root = self.block_of.get(maker.name)
         if root is None or root in self.reasons:
@@ -192,7 +192,8 @@ def _specify(state: CompileState, choice: _Choice, block: Block) -> None:
     for name in inputs:
         state.specs[name] = activation
     for name in block.outputs:
-        if node.op in state.target.float_result and not choice.quantized_readers(name):
+        unread = node.op in state.target.float_result and not choice.quantized_readers(name)
+        if unread and name not in state.imported:
             continue
         state.specs[name] = activation
         if rule.result is Result.SAME:

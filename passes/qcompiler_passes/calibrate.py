@@ -16,14 +16,17 @@ from qcompiler.ir import Tensor
 from qcompiler.observe import SAMPLE_SIZE, observe
 from qcompiler.ops import Lowering, op_key
 from qcompiler.pipeline import closest
+from qcompiler.quant import QuantParams, params_from_range
 from qcompiler.state import CompileState, Phase
+from qcompiler_passes.annotate import annotate
 
 
 @dataclass(frozen=True)
 class Calibrate:
     """Measure the range of every tensor with a spec, in one pass over the data; tied tensors are measured together.
 
-    Values beyond the bounds of a block count as the bounds.
+    Values beyond the bounds of a block count as the bounds. Params that a quantized model came with are taken as they are; if it
+    has gaps and there is no data, the blocks with gaps stay float.
 
     `collector`: the name of the way to measure. `samples_per_tensor`: about how many values of a tensor the collector sees of
     each calibration sample, besides the exact bounds.
@@ -47,6 +50,9 @@ class Calibrate:
             )
         if self.samples_per_tensor < 1:
             raise UserError(f"samples_per_tensor must be at least 1, not {self.samples_per_tensor}", self.name)
+        known = _import(state)
+        if state.calibration is None and state.imported:
+            _leave_gaps(state)
         missing = [name for name in state.specs if name not in state.params]
         sources = _sources(state, dict.fromkeys(state.leader(name) for name in missing))
         measured = self._measure(state, [t for group in sources.values() for t in group])
@@ -58,7 +64,7 @@ class Calibrate:
                 raise UserError(f"no range for tensor {leader!r}: {error}", "calibration data") from error
         for name in missing:
             state.params[name] = state.params[state.leader(name)]
-        return len(missing)
+        return known + len(missing)
 
     def _measure(self, state: CompileState, tensors: list[Tensor]) -> dict[str, Collector]:
         """A collector per tensor: constants are measured as they are, variables on the calibration data."""
@@ -80,6 +86,53 @@ class Calibrate:
                 limits=limits,
             )
         return measured
+
+
+def _import(state: CompileState) -> int:
+    """Give tensors, and those tied to them, the params that the model came with; return how many got some."""
+    before = len(state.params)
+    groups: dict[str, list[str]] = {}
+    for name in state.specs:
+        groups.setdefault(state.leader(name), []).append(name)
+    for leader, members in groups.items():
+        found = [p for name in dict.fromkeys((leader, *members)) if (p := _imported(state, name)) is not None]
+        if found:
+            state.params |= dict.fromkeys((name for name in members if name not in state.params), found[0])
+    known = len(state.params) - before
+    if known:
+        state.notes.append(f"trained scales: {known} of {len(state.specs)} tensors")
+    return known
+
+
+def _imported(state: CompileState, name: str) -> QuantParams | None:
+    """The params that a tensor came with, as they are after rewrites that multiplied it by one number."""
+    if name in state.imported:
+        return state.imported[name]
+    was = state.counterparts.get(name)
+    if was is None or was.source not in state.imported or np.any(was.offset != 0):
+        return None
+    factor = np.unique(was.factor)
+    params = state.imported[was.source]
+    return params.with_scale(params.scale * factor[0]) if factor.size == 1 and factor[0] > 0 else None
+
+
+def _leave_gaps(state: CompileState) -> None:
+    """Without data: take the bounds of an activation as the range, and leave the blocks of other tensors in float."""
+    for block in state.blocks.values():
+        for name in block.outputs:
+            if name in state.specs and name not in state.params and np.isfinite([block.low, block.high]).all():
+                state.params[name] = params_from_range(block.low, block.high, state.specs[name])
+    while gaps := {name for name in state.specs if state.leader(name) not in state.params and name not in state.params}:
+        constants = {t.name for t in ir.tensors(state.graph) if ir.is_constant(t)}
+        if gaps <= constants:
+            return
+        reasons = {root: block.reason for root, block in state.blocks.items() if not block.quantized}
+        nodes = {n.name: n for n in state.graph.nodes}
+        for root, block in state.blocks.items():
+            tensors = {*block.outputs, *(t.name for t in nodes[root].inputs)} & gaps - constants
+            if block.quantized and tensors:
+                reasons[root] = f"the model has no scale for {min(tensors)!r}, and there is no calibration data"
+        annotate(state, reasons)
 
 
 def _sources(state: CompileState, leaders: Mapping[str, None]) -> dict[str, list[Tensor]]:

@@ -35,7 +35,8 @@ class CorrectBias:
     of the bias. Two things differ from the paper: means are compared behind the activation, where the next layer sees them, and
     divided by the share of outputs that the bias moves there; and each shift is shrunk by its sampling error, as estimated
     from the samples' variance, so that few samples do not add noise. Layers that stay float are corrected, too, where quantized
-    ones are before them. Layers without a place for a bias (MatMul) stay as they are.
+    ones are before them. Layers without a place for a bias (MatMul) stay as they are, and so
+    do models that came quantized: their biases were chosen with that in view.
     """
 
     samples: int = 32
@@ -46,7 +47,7 @@ class CorrectBias:
 
     def run(self, state: CompileState) -> int:
         """Return the number of layers corrected."""
-        if state.phase >= Phase.QDQ or state.calibration is None:
+        if state.phase >= Phase.QDQ or state.calibration is None or state.imported:
             return 0
         layers = [n for n in _reached(state) if _has_bias_input(state, n) and n.name not in state.corrected]
         if not layers:

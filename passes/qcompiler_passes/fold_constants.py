@@ -33,8 +33,8 @@ class FoldConstants:
     """Evaluate constant nodes, shape arithmetic and constant Reshapes, then remove the nodes that turn out to do nothing.
 
     A result may be larger than its inputs only up to `max_bytes` (and 16 times), so that a few bytes of Expand cannot become a
-    model of gigabytes. Dequantized weights are folded too, except in a model that quantizes activations. Afterwards tensors
-    have the best types and shapes known.
+    model of gigabytes. Dequantized weights are folded too, as long as nothing is quantized here. Afterwards
+    tensors have the best types and shapes known.
     """
 
     max_bytes: int = 64 << 20
@@ -184,9 +184,8 @@ def fold_values(state: CompileState, max_bytes: int) -> int:
 def _foldable(rewriter: Rewriter, max_bytes: int) -> list[Node]:
     """The nodes that depend on constants only, in order, and whose results are not too large."""
     graph = rewriter.graph
-    skipped = (
-        RANDOM | {"Constant"} | ({"QuantizeLinear", "DequantizeLinear"} if _quantizes_activations(graph) else set())
-    )
+    compiled = {"QuantizeLinear", "DequantizeLinear"} if rewriter.state.phase >= Phase.QDQ else set()
+    skipped = RANDOM | {"Constant"} | compiled
     known: set[int] = set()
     nodes = []
     for node in graph.nodes:
@@ -198,10 +197,6 @@ def _foldable(rewriter: Rewriter, max_bytes: int) -> list[Node]:
             nodes.append(node)
             known.update(id(t) for t in outputs)
     return nodes
-
-
-def _quantizes_activations(graph: Graph) -> bool:
-    return any(n.op == "QuantizeLinear" and not ir.is_constant(n.inputs[0]) for n in graph.nodes)
 
 
 def _fits(node: Node, outputs: list[Tensor], max_bytes: int) -> bool:

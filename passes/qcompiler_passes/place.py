@@ -37,7 +37,8 @@ class Place:
     The choice is a minimum cut. Each block lies on the integer or on the float side; it costs its own time there, and each tensor
     between the sides costs one conversion, however many read it.
 
-    `objective`: `latency`; with `size` and `integer` all that can be integer is. `profile`: a file of `qcompile profile`; without
+    `objective`: `latency`; with `size` and `integer` all that can be integer is, and so it is in a model that
+    came quantized. `profile`: a file of `qcompile profile`; without
     one the target's own is used. Without a profile or the shapes of all tensors, all that can be integer is.
     """
 
@@ -60,7 +61,7 @@ class Place:
             return 0
         costs = _Costs(state, Accountant(state, shapes), table)
         able = set(costs.able)
-        if self.objective == "latency":
+        if self.objective == "latency" and not state.imported:
             _place(state, costs)
         placed = costs.placed()
         state.predicted = costs.float_time, costs.total(placed)

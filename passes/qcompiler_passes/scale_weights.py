@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from qcompiler.ir import Node
 from qcompiler.ops import Lowering, OpRule, op_key
 from qcompiler.quant import F32, QuantParams, QuantSpec
 from qcompiler.state import CompileState, Phase
+from qcompiler_passes import import_weights
 
 _BUDGET = 3_000_000
 """Weights looked at per tensor: small ones, whose few values gain most from a good scale, get more candidates."""
@@ -28,6 +29,8 @@ class ScaleWeights:
     The scale that covers the largest weight is rounded up to one whose rescale factor `s_x * s_w / s_y` is `m * 2**-16`, then
     others near it are tried and the one with the least mean squared rounding and clipping error wins (OMSE on exact values;
     Choukroun et al. 2019, arXiv 1902.06822). `search=false` keeps the first. Operators with a float result take any scale.
+    In a model that came with params, channels whose weights lie on a grid keep the integers of that grid, and the factor is
+    rounded to the nearest instead.
     """
 
     search: bool = True
@@ -38,7 +41,7 @@ class ScaleWeights:
 
     def run(self, state: CompileState) -> int:
         """Return the number of weights that got params."""
-        count = 0
+        count, grid = 0, _Grid()
         for node in state.graph.nodes:
             block = state.blocks.get(node.name)
             rule = state.ops.get(op_key(node.op, node.domain))
@@ -50,20 +53,31 @@ class ScaleWeights:
             s_x = float(state.params[node.inputs[0].name].scale)
             output = state.params.get(block.outputs[0])
             s_y = None if output is None else float(output.scale)
-            state.params[weight.name] = self._params(state, node, rule, s_x, s_y)
+            state.params[weight.name] = self._params(state, node, rule, s_x, s_y, grid)
             count += 1
+        state.notes += grid.notes()
         return count
 
-    def _params(self, state: CompileState, node: Node, rule: OpRule, s_x: float, s_y: float | None) -> QuantParams:
+    def _params(
+        self, state: CompileState, node: Node, rule: OpRule, s_x: float, s_y: float | None, grid: _Grid
+    ) -> QuantParams:
         axis = rule.weight_axis if state.target.per_channel else None
         spec = state.target.weight.per_channel(axis)
         array = ir.array(node.inputs[1])
         rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) if axis is not None else array.reshape(1, -1)
         rows = np.ascontiguousarray(rows, np.float32)
         scale = _best_scale(rows, spec, s_x, s_y, self.search)
+        step = import_weights.steps(rows, spec) if state.imported else np.zeros(len(rows))
+        trained = import_weights.on_grid(step, s_x, s_y)
+        scale = np.where(trained > 0, trained, scale)
         bias = ir.optional_input(node, 2)
         if bias is not None:
             scale = _room_for_bias(scale, np.asarray(ir.array(bias), np.float64), s_x, s_y)
+        if state.imported:
+            integers = grid.integers(rows, step, scale, scale == trained, spec)
+            first = axis or 0
+            shape = np.moveaxis(array, first, 0).shape
+            state.integers[node.inputs[1].name] = np.ascontiguousarray(np.moveaxis(integers.reshape(shape), 0, first))
         return QuantParams(spec, scale if axis is not None else scale.reshape(()), 0)
 
 
@@ -104,3 +118,28 @@ def _room_for_bias(scale: F32, bias: NDArray[np.float64], s_x: float, s_y: float
     least = np.abs(bias).reshape(-1) / (s_x * 2.0**30)
     least = np.broadcast_to(least, scale.shape) if scale.size > 1 else np.asarray([least.max()])
     return np.asarray(np.where(scale < least, _snapped(least, s_x, s_y), scale), np.float32)
+
+
+class _Grid:
+    """The integers that the weights of a quantized model came with, and how many of them were kept."""
+
+    def __init__(self) -> None:
+        self.channels = self.kept = 0
+        self.error = 0.0
+
+    def integers(
+        self, rows: F32, step: NDArray[np.float64], scale: F32, kept: NDArray[np.bool_], spec: QuantSpec
+    ) -> NDArray[Any]:
+        """The integers of weights in rows: those of the grid where it is kept, else the nearest under `scale`."""
+        self.channels += len(rows)
+        self.kept += int(kept.sum())
+        if kept.any():
+            self.error = max(self.error, float(np.abs(scale[kept] / step[kept] - 1).max()))
+        divisor = np.where(kept, step, scale.astype(np.float64))[:, None]
+        return np.clip(np.rint(rows / divisor), spec.qmin, spec.qmax).astype(spec.dtype)
+
+    def notes(self) -> list[str]:
+        if not self.channels:
+            return []
+        snapped = f"; multipliers snapped to the dyadic grid: at most {self.error:.2%}" if self.error else ""
+        return [f"trained integers: {self.kept} of {self.channels} weight channels{snapped}"]
