@@ -13,6 +13,7 @@ from qcompiler import ir
 from qcompiler.state import CompileState
 from qcompiler.text import format_graph
 from tests.forms import TO_QDQ, advance, compiled, graph_text, weights
+from tests.nets import random_net
 from tests.support import assert_same_function, random_feeds, run
 
 HEAD = "g (float[1,8,8,8] x) => (float[1,8,h,w] y) {"
@@ -210,3 +211,12 @@ def test_stops_at_the_limit_of_rewrites() -> None:
 
 def test_is_deterministic() -> None:
     assert len({format_graph(_equalized(_pattern("residual"))[0].graph) for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_nets_keep_their_function(seed: int) -> None:
+    model = random_net(seed)
+    state, count = _equalized(model, alpha=1.0)
+    assert count >= 1
+    assert_same_function(model, ir.to_proto(state.graph))
+    assert Equalize(alpha=1.0).run(state) == 0
