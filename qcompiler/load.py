@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import inliner, numpy_helper
 
-from qcompiler import functions, runtime
+from qcompiler import functions, qonnx, runtime
 from qcompiler.errors import UserError
 from qcompiler.external import MAX_BYTES, graphs, load_external_data, refuse_unloaded
 from qcompiler.samples import InputSpec
@@ -53,6 +53,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     else:
         where = str(source)
         model = read_model(Path(source))
+    qonnx.expand(model)
     _check_versions(model, where)
     _refuse_integer(model, where)
     if model.functions:
