@@ -18,14 +18,14 @@ from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge, judge
 from qcompiler.instrument import Dump, Operators, Reproducer, Timing, Verify
 from qcompiler.load import input_specs, is_quantized, load_model
-from qcompiler.measure import evaluate, measure
+from qcompiler.measure import evaluate, measure, random_samples
 from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.report import Reached, Report, layers_of
 from qcompiler.snapshot import Data, Recipe
 from qcompiler.split import Split
-from qcompiler.state import CompileState
+from qcompiler.state import CompileState, Feeds
 from qcompiler.target import Target
 
 DEFAULT_TARGET = "ort-cpu"
@@ -190,10 +190,16 @@ def compile_model(
         predicted=job.state.predicted,
         passes=timing.passes,
     )
+    if is_quantized(job.float_model):
+        report.original = "the quantized original"
+    samples: Sequence[Feeds] = []
     if job.split is not None:
         _describe_samples(report, job.split)
-        if compare:
-            measure(report, job.float_model, compiled, job.split.held_back)
+        samples = job.split.held_back
+    elif compare and job.state.imported:
+        samples = random_samples(input_specs(job.float_model), job.state.imported)
+    if compare and samples:
+        measure(report, job.float_model, compiled, samples)
     if judged is not None:
         report.score = evaluate(judged, job.float_model, compiled)
     report.reached = reached

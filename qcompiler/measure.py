@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,15 @@ import onnx
 
 from qcompiler import runtime
 from qcompiler.evaluate import Judge
+from qcompiler.quant import QuantParams
 from qcompiler.report import OutputMatch, Report, Score, Speed
 from qcompiler.runtime import Session
+from qcompiler.samples import InputSpec
 from qcompiler.state import Feeds
 from qcompiler.traps import find_traps
 
 RACE_SECONDS = 0.3
+RANDOM_SAMPLES = 4
 
 
 def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
@@ -30,6 +33,29 @@ def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, sam
         report.notes += find_traps(after, running) if report.emit == "kernels" else []
     except (OSError, RuntimeError):  # it goes through a temporary file
         report.notes.append("the kernels are not counted: the temporary folder cannot be written")
+
+
+def random_samples(specs: Sequence[InputSpec], params: Mapping[str, QuantParams]) -> list[Feeds]:
+    """Seeded inputs over the whole range of each, for a model that came quantized and without data.
+
+    Empty if an input is neither of 8 bits nor float32, or has dynamic axes besides the first.
+    """
+    rng = np.random.default_rng(0)
+    samples: list[Feeds] = []
+    for _ in range(RANDOM_SAMPLES):
+        feeds: dict[str, Any] = {}
+        for spec in specs:
+            shape = [1 if i == 0 and not isinstance(d, int) else d for i, d in enumerate(spec.shape or (None, None))]
+            if not all(isinstance(d, int) for d in shape) or spec.dtype not in (np.float32, np.int8, np.uint8):
+                return []
+            if spec.dtype == np.float32:
+                low, high = params[spec.name].range if spec.name in params else (-1.0, 1.0)
+                feeds[spec.name] = rng.uniform(low, high, shape).astype(np.float32)
+            else:
+                limits = np.iinfo(spec.dtype)
+                feeds[spec.name] = rng.integers(limits.min, limits.max + 1, shape).astype(spec.dtype)
+        samples.append(feeds)
+    return samples
 
 
 def evaluate(judge: Judge, before: onnx.ModelProto, after: onnx.ModelProto) -> Score:

@@ -106,8 +106,9 @@ class Reached:
 class Report:
     """The facts of one compilation. `emit`: the phase that was reached. `kernels`: operators that ONNX Runtime really runs.
 
-    `predicted`: seconds of one inference, in float and as compiled, by the cost table. `samples`, `held_back`: how many
-    calibrated, and how many were compared; `bytes`: size of the float and the compiled model.
+    `original`: what the compiled model is compared with. `predicted`: seconds of one inference, in float and as compiled, by
+    the cost table. `samples`, `held_back`: how many calibrated, and how many were compared; `bytes`: size of the original and
+    the compiled model.
     """
 
     source: str
@@ -117,6 +118,7 @@ class Report:
     pipeline: str
     layers: list[Layer]
     bytes: tuple[int, int]
+    original: str = "float"
     samples: int = 0
     held_back: int = 0
     outputs: list[OutputMatch] = field(default_factory=list)
@@ -141,7 +143,8 @@ class Report:
             held = f"{self.held_back} held-back samples" if self.held_back > 1 else "1 sample"
             nearest = self.outputs if verbose else sorted(self.outputs, key=_badness)[:3]
             worst = ", ".join(f"{_match(o)} {o.name}" for o in nearest)
-            yield "accuracy", f"{worst} (SQNR, {held}; {self.samples} calibrated)"
+            basis = f"{held}; {self.samples} calibrated" if self.samples else "random inputs, for there is no data"
+            yield "accuracy", f"{worst} (SQNR, {basis})"
         if self.score:
             yield self.score.name, str(self.score)
         if self.reached:
@@ -150,8 +153,10 @@ class Report:
         yield "size", f"{_bytes(before)} -> {_bytes(after)} ({_ratio(before, after, 'smaller', 'larger')})"
         if self.speed:
             a, b = self.speed.float_ms, self.speed.int8_ms
-            predicted = f"; {_ratio(*self.predicted, 'faster', 'slower')} predicted" if self.predicted else ""
-            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({_ratio(a, b, 'faster', 'slower')} than float{predicted})"
+            versus = f"than {self.original}"
+            if self.predicted and self.original == "float":
+                versus += f"; {_ratio(*self.predicted, 'faster', 'slower')} predicted"
+            yield "speed", f"{a:.3g} ms -> {b:.3g} ms ({_ratio(a, b, 'faster', 'slower')} {versus})"
         if self.kernels:
             names = [f"{op.removeprefix('com.microsoft.')} {n}" for op, n in self.kernels.items()]
             yield "kernels", ", ".join(names if verbose or len(names) <= MAX_GROUPS else [*names[:MAX_GROUPS], "..."])

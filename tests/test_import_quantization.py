@@ -77,6 +77,16 @@ def test_no_data_is_needed(kind: str, zero: int) -> None:
         assert np.mean(before != after) < 0.1
 
 
+def test_without_data_the_comparison_takes_random_inputs() -> None:
+    report = compile_model(conv_net("uint8", 128)).report
+    rows = dict(report.rows())
+    assert rows["accuracy"].endswith("y (SQNR, random inputs, for there is no data)")
+    assert report.outputs[0].sqnr is not None
+    assert report.outputs[0].sqnr > 25
+    assert "than the quantized original)" in rows["speed"]
+    assert compile_model(conv_net("uint8", 128), compare=False).report.outputs == []
+
+
 def test_the_three_forms_agree() -> None:
     model = conv_net("int8", 6)
     forms = [compile_model(model, emit=form).model for form in ("qdq", "integer", "kernels")]
