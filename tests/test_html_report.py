@@ -130,6 +130,13 @@ def test_names_are_escaped() -> None:
         assert EVIL in page.text
 
 
+def test_the_score_and_the_goal() -> None:
+    _, _, text = page_of(net(), samples(10), eval=lambda predict: 0.25, min_sqnr=1)
+    shown = Page(text).text
+    assert "0.25 -> 0.25" in shown
+    assert "reach 1 dB: " in shown
+
+
 def test_nothing_quantized() -> None:
     result, found, text = page_of(net(), samples(4), keep_float=["*"])
     page = Page(text)
