@@ -177,7 +177,7 @@ def test_leaves_even_channels_alone() -> None:
     model = _net("s = Sigmoid(x) a = Conv(s, same) r = Relu(a) y = Conv(r, even)", same=IDENTITY, even=even)
     state, count = _equalized(model)
     assert count == 0
-    assert "half a decibel" in state.refusals["Relu_r"].reason
+    assert "1.5 decibels" in state.refusals["Relu_r"].reason
 
 
 def test_dead_channels_keep_their_weights() -> None:

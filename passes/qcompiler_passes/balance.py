@@ -27,10 +27,10 @@ from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
 _LIMIT = 16.0
 """How much smaller than the largest of its group a channel counts at least: what seldom active ones hold is poorly known."""
 
-_LEAST_GAIN = 1.12
-"""By how much a step must lower the noise of its group: half a decibel."""
+_LEAST_GAIN = 1.41
+"""By how much a step must lower the noise of its group: 1.5 decibels. What promises less is a gamble on how weights round."""
 
-_BALANCED = Refusal("no factors would lower the estimated noise by half a decibel")
+_BALANCED = Refusal("no factors would lower the estimated noise by 1.5 decibels")
 
 _STEPS = 255
 
