@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
-from qcompiler_passes import DEFAULT_PIPELINE
+from qcompiler_passes import DEFAULT_PIPELINE, LEVELS
 
 from qcompiler import ir
 from qcompiler.pipeline import Pass, Pipeline, parse_pipeline
@@ -71,6 +71,11 @@ def params(state: CompileState) -> list[str]:
 def imported(state: CompileState) -> list[str]:
     """A line per tensor whose params the model came with."""
     return [f"imported {n} {p.spec.dtype} {float(p.scale):.4g} {p.zero_point}" for n, p in state.imported.items()]
+
+
+def integers(state: CompileState) -> list[str]:
+    """A line per weight that is not rounded to nearest."""
+    return [f"integers {name} {values.reshape(-1).tolist()}" for name, values in state.integers.items()]
 
 
 QUANTIZED = "c = Conv(x, w, b) r = Relu(c) s = Sigmoid(r) y = Conv(s, v)"
@@ -147,6 +152,19 @@ GOLDEN: dict[str, Golden] = {
         params y uint8 0.003354 254
         """,
         before=None,
+        show=params,
+    ),
+    "choose-ranges": Golden(
+        "y = Conv(x, w, b)",
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        y = Conv(x, 0.5, 0.25)
+        outputs: y:float32[1,1,2,2]
+        params x uint8 0.01571 64
+        params y uint8 0.007848 32
+        """,
+        before="form-blocks,annotate,calibrate{collector=ema}",
         show=params,
     ),
     "cleanup": Golden(
@@ -433,6 +451,20 @@ GOLDEN: dict[str, Golden] = {
         """,
         before="normalize",
     ),
+    "round-weights": Golden(
+        "c = Conv(x, w) y = Conv(c, v)",
+        {"w": f(1, -2, shape=(2, 1, 1, 1)), "v": f(0.503, 0.7, -0.3, 0.11, shape=(2, 2, 1, 1))},
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, float32[2,1,1,1])
+        y = Conv(c, float32[2,2,1,1])
+        outputs: y:float32[1,1,2,2]
+        integers w [108, -108]
+        integers v [87, 121, -128, 47]
+        """,
+        before="form-blocks,annotate,calibrate{collector=minmax},align-scales,scale-weights",
+        show=integers,
+    ),
     "scale-weights": Golden(
         QUANTIZED,
         WEIGHTS,
@@ -491,9 +523,11 @@ def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
     default = parse_pipeline(
         DEFAULT_PIPELINE.replace("calibrate", "calibrate{collector=minmax}"), REGISTRY.passes
     ).passes
+    if golden.before is not None:
+        stage = next(p for p in parse_pipeline(LEVELS["O3"], REGISTRY.passes).passes if p.name == name)
+        return parse_pipeline(golden.before, REGISTRY.passes), stage
     at = next(i for i, stage in enumerate(default) if stage.name == name)
-    first = tuple(stage for stage in default[:at] if stage.name != "correct-bias")
-    return parse_pipeline(golden.before, REGISTRY.passes) if golden.before is not None else Pipeline(first), default[at]
+    return Pipeline(tuple(stage for stage in default[:at] if stage.name != "correct-bias")), default[at]
 
 
 def start(golden: Golden) -> CompileState:

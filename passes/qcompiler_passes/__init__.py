@@ -5,6 +5,7 @@ from qcompiler_passes.account import Account
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
+from qcompiler_passes.choose_ranges import ChooseRanges
 from qcompiler_passes.cleanup import Cleanup
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.equalize import Equalize
@@ -43,7 +44,8 @@ LEVELS = {
     "O0": f"{_FLOAT},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
     "O1": f"{_FLOAT},calibrate,align-scales,scale-weights,{_INTEGER}",
     "O2": f"{_FLOAT},calibrate,align-scales,scale-weights,correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},calibrate,align-scales,scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
+    "O3": f"{_FLOAT},calibrate,choose-ranges,align-scales,scale-weights,round-weights,"
+    f"correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
 
@@ -56,6 +58,7 @@ PLUGIN = Plugin(
         AlignScales,
         Annotate,
         Calibrate,
+        ChooseRanges,
         Cleanup,
         CorrectBias,
         Equalize,

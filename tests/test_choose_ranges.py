@@ -1,0 +1,75 @@
+"""choose-ranges: the collector whose model is most exact at the outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from qcompiler_passes.align_scales import AlignScales
+from qcompiler_passes.annotate import Annotate
+from qcompiler_passes.calibrate import Calibrate
+from qcompiler_passes.choose_ranges import ChooseRanges, _noise
+from qcompiler_passes.form_blocks import FormBlocks
+from qcompiler_passes.scale_weights import ScaleWeights
+
+from qcompiler import ir
+from qcompiler.errors import UserError
+from qcompiler.runtime import run_all, session
+from qcompiler.state import CompileState
+from tests.forms import advance, compiled, graph_text, weights
+
+NET = "g (float[1,4,8,8] x) => (float[] y) { h = Conv<pads=[1,1,1,1]>(x, v) r = Relu(h) y = Conv(r, w) }"
+
+
+def calibrated(collector: str, text: str = NET) -> CompileState:
+    model = graph_text(text, v=weights(8, 4, 3, 3), w=weights(4, 8, 1, 1))
+    return compiled(model, FormBlocks(), Annotate(), Calibrate(collector=collector))
+
+
+def ranges(state: CompileState) -> dict[str, tuple[float, int]]:
+    return {name: (float(params.scale), params.zero_point) for name, params in state.params.items()}
+
+
+def noise(state: CompileState) -> float:
+    samples = list(state.calibration or ())
+    return _noise(state, samples, run_all(session(ir.to_proto(state.graph)), samples))
+
+
+def test_a_better_collector_wins_and_a_worse_one_does_not() -> None:
+    clipping, covering = calibrated("ema"), calibrated("minmax")
+    assert noise(covering) < 0.5 * noise(clipping)
+    stage = ChooseRanges(collectors="minmax")
+    assert stage.run(clipping) == 3
+    assert ranges(clipping) == ranges(covering)
+    assert stage.run(clipping) == 0
+    assert ChooseRanges(collectors="ema").run(covering) == 0
+    assert ranges(clipping) == ranges(covering)
+
+
+def test_probabilities_are_compared_by_their_logarithms() -> None:
+    text = NET.replace("y = Conv(r, w)", "c = Conv(r, w) f = Flatten(c) y = Softmax(f)")
+    state = calibrated("minmax", text)
+    samples = list(state.calibration or ())
+    exact = run_all(session(ir.to_proto(state.graph)), samples)
+    assert 0 < _noise(state, samples, exact) < 0.01
+    doubled = [[np.minimum(2 * y, 1) for y in row] for row in exact]
+    power = sum(float(np.square(np.log(row[0])).sum()) for row in doubled)
+    moved = sum(row[0].size for row in doubled) * np.log(2) ** 2 / power
+    assert _noise(state, samples, doubled) == pytest.approx(moved, rel=0.3)
+
+
+def test_ranges_stay_once_weights_fit_them() -> None:
+    state = advance(calibrated("ema"), AlignScales(), ScaleWeights())
+    assert ChooseRanges().run(state) == 0
+
+
+def test_a_limit_ends_the_pass_early() -> None:
+    state = calibrated("ema")
+    before = ranges(state)
+    state.rewrite_limit = 1
+    assert ChooseRanges(collectors="minmax").run(state) == 1
+    assert sum(before[name] != now for name, now in ranges(state).items()) == 1
+
+
+def test_an_unknown_collector_is_named() -> None:
+    with pytest.raises(UserError, match=r"no collector is called 'perzentile'; did you mean 'percentile'"):
+        ChooseRanges(collectors="minmax perzentile").run(calibrated("ema"))
