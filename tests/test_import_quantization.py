@@ -146,6 +146,26 @@ def test_saturation_that_did_the_work_of_a_relu_becomes_one() -> None:
     assert ops_of(imported(model_from_text(text, {**arrays, "z": np.int8(0)}))[0]) == ["Conv", "Conv"]
 
 
+def test_it_comes_back_before_what_moves_values() -> None:
+    """A MaxPool whose result saturates at zero: the tensor before it gets the finer scale of the two."""
+    text = """g (float[1,8,6,6] x) => (float[1,8,3,3] y) { c = Conv(x, w)
+        q = QuantizeLinear(c, s, a) d = DequantizeLinear(q, s, a) m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(d)
+        p = QuantizeLinear(m, t, z) e = DequantizeLinear(p, t, z) y = Conv(e, v) }"""
+    scales = {"s": np.float32(0.03), "a": np.uint8(100), "t": np.float32(0.02), "z": np.uint8(0)}
+    model, state = imported(model_from_text(text, {"w": weights(8, 8, 1, 1), "v": weights(8, 8, 1, 1), **scales}))
+    assert ops_of(model) == ["Conv", "Relu", "MaxPool", "Conv"]
+    assert scale_and_zero(state) == {"c": (0.02, 0), "m": (0.02, 0)}
+
+
+def test_no_relu_where_nothing_is_negative() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,1,1] y) { c = Conv(x, w) r = Relu(c)
+        q = QuantizeLinear(r, s, z) d = DequantizeLinear(q, s, z) m = GlobalAveragePool(d)
+        p = QuantizeLinear(m, s, z) e = DequantizeLinear(p, s, z) y = Conv(e, w) }"""
+    scales = {"s": np.float32(0.03), "z": np.uint8(0)}
+    model = imported(model_from_text(text, {"w": weights(8, 8, 1, 1), **scales}))[0]
+    assert ops_of(model) == ["Conv", "Relu", "GlobalAveragePool", "Conv"]
+
+
 def test_fewer_bits_become_a_clip() -> None:
     head = "g (float[1,4] x) => (float[1,4] y) { m = MatMul(x, w) q = QuantizeLinear(m, s, z) c = Clip(q, low, high) "
     text = head + "d = DequantizeLinear(c, s, z) y = MatMul(d, w) }"

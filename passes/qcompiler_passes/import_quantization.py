@@ -93,8 +93,7 @@ def _record(rewriter: Rewriter, node: Node) -> QuantParams | None:
 def _comes_from_quantize(rewriter: Rewriter, node: Node | None) -> bool:
     """Whether a node is a QuantizeLinear, or moves or clips the integers of one."""
     while node is not None and node.op != "QuantizeLinear":
-        rule = rewriter.state.ops.get(op_key(node.op, node.domain))
-        moves = rule is not None and rule.lowering is Lowering.MOVE and node.op not in ("Pad", "Resize", "Split")
+        moves = _is_mover(rewriter, node) and node.op != "Resize"
         if not moves and (node.op != "Clip" or activation_bounds(node) is None):
             return False
         node = ir.producer(node.inputs[0])
@@ -169,25 +168,64 @@ def _same_constants(first: Node, second: Node) -> bool:
     return bool(first.attrs.get("axis", 1) == second.attrs.get("axis", 1))
 
 
-_BOUNDED = ("Add", "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Mul")
-"""Operators that absorb a Clip behind them."""
-
-
 def _bound(rewriter: Rewriter, first: Node, low: float, high: float) -> None:
-    """Put an activation with these bounds before a QuantizeLinear that only saturates so far, if a layer can absorb it."""
-    source = first.inputs[0]
-    maker = ir.producer(source)
-    if maker is None or any(user.op != "QuantizeLinear" for user in rewriter.users(source)):
+    """Put an activation with these bounds where a QuantizeLinear only saturates so far: behind what makes the values.
+
+    What moves values on the way, or picks some, gets the params of the QuantizeLinear: it comes behind the activation then.
+    """
+    source, maker = first.inputs[0], ir.producer(first.inputs[0])
+    passed: list[Tensor] = []
+    while maker is not None and _is_mover(rewriter, maker) and _is_read_once(rewriter, source):
+        source, maker = maker.inputs[0], ir.producer(maker.inputs[0])
+        passed.append(source)
+    if maker is None or (low == 0 and math.isinf(high) and _is_nonnegative(rewriter, source)):
         return
-    known = activation_bounds(maker)
-    if known is not None and (known[0] < low or known[1] > high):
-        low, high = max(low, known[0]), min(high, known[1])
-    elif known is not None or op_key(maker.op, maker.domain) not in _BOUNDED:
+    if not _is_read_once(rewriter, source):
         return
+    bounds = activation_bounds(maker)
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+        if (low, high) == bounds:
+            return
     limits = [rewriter.constant(f"{first.name}_{k}", np.float32(v)) for k, v in (("low", low), ("high", high))]
     op, inputs = ("Relu", []) if (low, high) == (0, math.inf) else ("Clip", limits)
     bound = rewriter.node(op, [rewriter.cut(source), *inputs], origin=first, hint=f"{first.name}_bound")
     rewriter.take_output(bound, source)
+    params = rewriter.state.imported.get(first.inputs[0].name)
+    if params is not None:
+        rewriter.state.imported.update((tensor.name, params) for tensor in passed)
+
+
+def _is_mover(rewriter: Rewriter, node: Node | None) -> bool:
+    rule = None if node is None else rewriter.state.ops.get(op_key(node.op, node.domain))
+    return rule is not None and rule.lowering is Lowering.MOVE and rule.op not in ("Pad", "Split")
+
+
+def _is_read_once(rewriter: Rewriter, tensor: Tensor) -> bool:
+    """Whether one node reads the tensor, or several QuantizeLinear; those that nobody reads any more do not count."""
+    users = [u for u in rewriter.users(tensor) if u.op != "QuantizeLinear" or _is_alive(rewriter, u.outputs[0])]
+    return not rewriter.is_output(tensor) and (len(users) == 1 or all(u.op == "QuantizeLinear" for u in users))
+
+
+def _is_alive(rewriter: Rewriter, tensor: Tensor) -> bool:
+    return bool(tensor.outputs) or rewriter.is_output(tensor)
+
+
+_NONNEGATIVE = ("Abs", "Exp", "HardSigmoid", "Sigmoid", "Softmax", "Sqrt")
+
+
+def _is_nonnegative(rewriter: Rewriter, tensor: Tensor) -> bool:
+    """Whether no value can be below zero, as far as the operators before it tell."""
+    maker = ir.producer(tensor)
+    if maker is None:
+        return False
+    bounds = activation_bounds(maker)
+    if bounds is not None or maker.op in _NONNEGATIVE:
+        return bounds is None or bounds[0] >= 0
+    if maker.op in ("Concat", "Add", "Mul"):
+        return all(_is_nonnegative(rewriter, t) for t in maker.inputs)
+    passes_on = _is_mover(rewriter, maker) or maker.op in ("Pad", "AveragePool", "GlobalAveragePool", "ReduceMean")
+    return passes_on and _is_nonnegative(rewriter, maker.inputs[0])
 
 
 def _bypass(rewriter: Rewriter, node: Node, source: Tensor) -> None:
