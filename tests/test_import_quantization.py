@@ -138,6 +138,13 @@ def test_zero_points_become_even_on_the_same_grid() -> None:
     assert imported_zero("int8", -27) == 102
 
 
+def test_the_range_of_a_relu_begins_at_zero() -> None:
+    """As symmetric int8 activations have it: half of the integers would stand for nothing, and the Relu would be a kernel."""
+    model = conv_net("int8", 0, zr=np.array(0, np.int8))
+    assert scale_and_zero(imported(model)[1])["r"] == (0.02, 0)
+    assert ops_of(compile_model(model).model) == ["QuantizeLinear", "QLinearConv", "QLinearConv", "DequantizeLinear"]
+
+
 def test_saturation_that_did_the_work_of_a_relu_becomes_one() -> None:
     text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) { c = Conv(x, w)
         q = QuantizeLinear(c, s, z) d = DequantizeLinear(q, s, z) y = Conv(d, v) }"""

@@ -83,9 +83,14 @@ RULES: dict[str, Rule] = {
 
 
 def _record(rewriter: Rewriter, node: Node) -> QuantParams | None:
-    """Remember the params of what a QuantizeLinear reads."""
+    """Remember the params of what a QuantizeLinear reads.
+
+    Without negative values the range begins at zero, on the same grid: saturation does the work of the Relu then.
+    """
     params = read_params(rewriter.state, node)
     if params is not None:
+        if _is_nonnegative(rewriter, node.inputs[0]):
+            params = replace(params, zero_point=params.spec.qmin)
         rewriter.state.imported.setdefault(node.inputs[0].name, params)
     return params
 
