@@ -78,6 +78,12 @@ def integers(state: CompileState) -> list[str]:
     return [f"integers {name} {values.reshape(-1).tolist()}" for name, values in state.integers.items()]
 
 
+def constants(state: CompileState) -> list[str]:
+    """A line per constant that a node reads."""
+    found = {t.name: t for n in state.graph.nodes for t in n.inputs if ir.is_constant(t)}
+    return [f"constant {name} {[float(f'{v:.4g}') for v in ir.array(t).reshape(-1)]}" for name, t in found.items()]
+
+
 QUANTIZED = "c = Conv(x, w, b) r = Relu(c) s = Sigmoid(r) y = Conv(s, v)"
 WEIGHTS = {"w": f(0.5), "b": f(0.25, shape=(1,)), "v": f(-1)}
 
@@ -188,6 +194,21 @@ GOLDEN: dict[str, Golden] = {
         outputs: y:float32[1,1,2,2]
         """,
         before=None,
+    ),
+    "equalize": Golden(
+        "c = Conv(x, w) r = Relu(c) y = Conv(r, v)",
+        {"w": f(1, 0.0625, shape=(2, 1, 1, 1)), "v": f(1, 16, shape=(1, 2, 1, 1))},
+        """
+        inputs: x:float32[1,1,2,2]
+        c_scaled = Conv(x, float32[2,1,1,1])
+        r_scaled = Relu(c_scaled)
+        y = Conv(r_scaled, float32[1,2,1,1])
+        outputs: y:float32[1,1,2,2]
+        constant Conv_c_weight [1.0, 0.7071]
+        constant Conv_y_weight [1.0, 1.414]
+        """,
+        before="normalize",
+        show=constants,
     ),
     "expand-activations": Golden(
         "c = Conv(x, w, b) y = HardSwish(c)",
@@ -375,6 +396,21 @@ GOLDEN: dict[str, Golden] = {
         outputs: y:float32[1,1,2,2]
         """,
         before=None,
+    ),
+    "migrate-scales": Golden(
+        "n = LayerNormalization(x, g, b) y = MatMul(n, w)",
+        {"g": f(1, 16, shape=(2,)), "b": f(1, 16, shape=(2,)), "w": f(1, 1, 0.25, 0.25, shape=(2, 2))},
+        """
+        inputs: x:float32[1,1,2,2]
+        n_scaled = LayerNormalization(x, float32[2], float32[2])
+        y = MatMul(n_scaled, float32[2,2])
+        outputs: y:float32[1,1,2,2]
+        constant g_1 [4.0, 16.0]
+        constant b_1 [4.0, 16.0]
+        constant MatMul_y_weight [0.25, 0.25, 0.25, 0.25]
+        """,
+        before="normalize",
+        show=constants,
     ),
     "normalize": Golden(
         "k = Constant<value = float {2.0}>() i = Identity(x) m = Mul(i, k) y = Dropout(m)",

@@ -36,7 +36,8 @@ from qcompiler_passes.targets import TARGETS
 
 _FLOAT = (
     "normalize,fold-constants,import-quantization,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,"
-    "normalize-gemm,fold-constants,account,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
+    "normalize-gemm,fold-constants,equalize,migrate-scales,account,expand-activations,split-groups,pad-channels,fold-width,"
+    "form-blocks,annotate,place"
 )
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
