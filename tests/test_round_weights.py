@@ -52,6 +52,15 @@ def test_correlated_inputs_let_errors_cancel(columns: int) -> None:
     assert damage(q, w, scale, hessian).sum() < 0.5 * damage(nearest, w, scale, hessian).sum()
 
 
+def test_a_mean_much_larger_than_the_spread_leaves_a_covariance() -> None:
+    rng = np.random.default_rng(0)
+    spread = 1e-3 * rng.standard_normal((1, 400, 40)).astype(np.float32)
+    x = np.float32(300) + spread
+    found = _covariance(iter(np.split(x, 4, axis=1)), centered=True)
+    np.testing.assert_allclose(found[0], np.cov(x[0].astype(np.float64).T, bias=True), atol=1e-8)
+    assert np.all(_covariance([np.full((1, 9, 5), 7.3, np.float32)], centered=True) == 0)
+
+
 def test_two_columns_match_an_exhaustive_search() -> None:
     w = np.array([[[0.49, 0.49], [0.3, -0.2], [1.4, 0.6]]], np.float32)
     scale = np.ones((1, 3), np.float32)

@@ -120,7 +120,13 @@ def _covariance(inputs: Iterable[F32], centered: bool) -> NDArray[np.float32]:
     products: Any = 0
     sums: Any = 0
     count = 0
-    for x in inputs:
+    shift: Any = None
+    for vectors in inputs:
+        if (
+            shift is None
+        ):  # from where the spread is measured, lest a mean much larger than it leave nothing but rounding
+            shift = vectors[:, :1] if centered else 0
+        x = vectors - shift
         products = products + x.transpose(0, 2, 1) @ x
         sums = sums + x.sum(axis=1, dtype=np.float64)
         count += x.shape[1]
