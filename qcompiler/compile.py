@@ -16,7 +16,7 @@ from qcompiler import ir
 from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge, judge
-from qcompiler.instrument import Dump, Operators, Reproducer, Timing, Verify
+from qcompiler.instrument import Dump, Operators, Reproducer, Runnable, Timing, Verify
 from qcompiler.load import input_specs, is_quantized, load_model
 from qcompiler.measure import evaluate, measure, random_samples
 from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
@@ -168,7 +168,8 @@ def compile_model(
         choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
         job = prepare(model, calib, choices)
     timing, operators = Timing(), Operators()
-    watchers: list[Instrument] = [timing, *instruments, operators]
+    watchers: list[Instrument] = [] if job.split is None else [Runnable(job.float_model, job.split)]
+    watchers += [timing, *instruments, operators]
     watchers += [Dump(Path(dump), job.recipe, dump_changed)] if dump is not None else []
     watchers += [Verify()] if verify else []
     reproducer = None

@@ -9,18 +9,21 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qcompiler import __version__, ir, snapshot
+import onnx
+
+from qcompiler import __version__, ir, runtime, snapshot
 from qcompiler.errors import UserError
 from qcompiler.ops import Lowering, op_key
 from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.snapshot import Recipe
-from qcompiler.state import CompileState, Phase, Refusal
+from qcompiler.state import CompileState, Feeds, Phase, Refusal
 from qcompiler.verify import verify
 
 
@@ -43,6 +46,26 @@ class Verify(Watcher):
     def after(self, stage: Pass, state: CompileState, count: int) -> None:
         """Raise VerifyError if an invariant is broken."""
         verify(state)
+
+
+@dataclass
+class Runnable(Watcher):
+    """When a pass breaks on a float model that does not run either, reports that: passes rely on what operators ask for."""
+
+    model: onnx.ModelProto
+    samples: Iterable[Feeds]
+
+    def failed(self, stage: Pass, state: CompileState, error: Exception) -> None:
+        """Raise UserError if the model does not run on the first sample."""
+        if isinstance(error, UserError):
+            return
+        try:
+            runner = runtime.session(self.model, optimize=False)
+            for feeds in islice(self.samples, 1):
+                runtime.run(runner, feeds)
+        except (UserError, RuntimeError) as broken:
+            what = broken.what if isinstance(broken, UserError) else str(broken)
+            raise UserError(what, "calibration sample 0") from error
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import onnx
 
 from qcompiler import ir, runtime
 from qcompiler.cost import Work
+from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, op_key
-from qcompiler.state import Block, CompileState
+from qcompiler.state import Block, CompileState, Feeds
 
 Shape = tuple[int, ...]
 
@@ -284,20 +285,31 @@ def _kind(node: Node) -> str:
 
 
 def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
-    """The shapes of all tensors, dynamic axes as in the first calibration sample; None if some stay unknown."""
-    tensors = list(ir.tensors(state.graph))
+    """The shapes of all tensors, dynamic axes as in the first calibration sample; sequences and optionals have none.
+
+    None if some stay unknown, or if the model does not run: calibration says why.
+    """
+    tensors = [t for t in ir.tensors(state.graph) if not isinstance(t.dtype, onnx.TypeProto)]
     shapes = {t.name: shape for t in tensors if (shape := ir.static_shape(t)) is not None}
     unknown = [t for t in tensors if t.name not in shapes]
     if unknown:
         sample = None if state.calibration is None else next(iter(state.calibration), None)
-        if sample is None:
+        found = None if sample is None else _shapes_in(state, unknown, sample)
+        if found is None:
             return None
-        model = ir.submodel(state.graph.inputs, unknown, state.graph.opset)
-        _reduce_to_shapes(model)
+        shapes |= found
+    return shapes
+
+
+def _shapes_in(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
+    model = ir.submodel(state.graph.inputs, tensors, state.graph.opset)
+    _reduce_to_shapes(model)
+    try:
         session = runtime.session(model, optimize=False, low_memory=True, consume=True)
         found = runtime.run(session, {t.name: sample[t.name] for t in state.graph.inputs})
-        shapes |= {t.name: tuple(int(d) for d in dims) for t, dims in zip(unknown, found, strict=True)}
-    return shapes
+    except (UserError, RuntimeError):
+        return None
+    return {t.name: tuple(int(d) for d in dims) for t, dims in zip(tensors, found, strict=True)}
 
 
 def _reduce_to_shapes(model: onnx.ModelProto) -> None:

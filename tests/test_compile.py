@@ -213,6 +213,38 @@ def test_a_float_model_with_dequantized_weights_is_welcome() -> None:
     assert [(la.op, la.quantized) for la in report.layers] == [("MatMul", True)]
 
 
+def test_sequences_may_occur_inside() -> None:
+    """They have no shape, not even when the shapes of dynamic axes are measured."""
+    text = "g (float[N,4,8,8] x) => (float[N,4,6,6] y) { q = SequenceConstruct(x) t = SequenceAt(q, i) y = Conv(t, w) }"
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 4, 3, 3)).astype(np.float32)
+    model = model_from_text(text, {"i": np.array(0), "w": weight})
+    result = compile_model(model, [rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(2)])
+    assert "QLinearConv" in ops_of(result.model)
+    assert result.report.outputs[0].sqnr is not None
+    assert result.report.outputs[0].sqnr > 20
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "message"),
+    [
+        ("c = Conv(x, w) y = Gather<axis = 1>(c, i)", (4, 4, 1, 1), "indices element out of data bounds"),
+        ("y = Conv<kernel_shape = [1, 1]>(x, w)", (4,), "X num_dims does not match W num_dims"),
+        ("y = Conv<kernel_shape = [1, 1]>(x, w)", (4, 9, 1, 1), "Input channels C is not equal to kernel channels"),
+    ],
+)
+@pytest.mark.parametrize("batch", ["1", "N"])
+def test_a_model_that_does_not_run_is_not_the_fault_of_a_pass(
+    tmp_path: Path, batch: str, body: str, shape: tuple[int, ...], message: str
+) -> None:
+    text = f"g (float[{batch},4,8,8] x) => (float[N,4,8,8] z) {{ {body} z = Relu(y) }}"
+    model = model_from_text(text, {"i": np.array([7]), "w": np.ones(shape, np.float32)})
+    with pytest.raises(UserError, match=message) as caught:
+        compile_model(model, [np.ones((1, 4, 8, 8), np.float32)], reproduce=tmp_path / "repro")
+    assert caught.value.where == "calibration sample 0"
+    assert not list(tmp_path.iterdir())
+
+
 def test_types_that_numpy_lacks_may_occur_inside() -> None:
     body = "b = Cast<to=16>(x) r = Reshape(b, s) f = Cast<to=1>(r) y = MatMul(f, w)"
     text = f"g (float[2,2] x) => (float[1,3] y) <int64[2] s = {{1,4}}> {{ {body} }}"
@@ -255,7 +287,10 @@ def newer_ir() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (quantized, "the model is already quantized, in a form without scales (DynamicQuantizeLinear); give the float model"),
+        (
+            quantized,
+            "the model is already quantized, in a form without scales (DynamicQuantizeLinear); give the float model",
+        ),
         (lambda: opset(6), "opset 6 is too old: export with opset 7 or newer"),
         (lambda: opset(99), "opset 99 is newer than the newest known"),
         (newer_ir, "IR version 99 is newer than the newest known"),
