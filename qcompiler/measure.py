@@ -46,14 +46,15 @@ def random_samples(specs: Sequence[InputSpec], params: Mapping[str, QuantParams]
         feeds: dict[str, Any] = {}
         for spec in specs:
             shape = [1 if i == 0 and not isinstance(d, int) else d for i, d in enumerate(spec.shape or (None, None))]
-            if not all(isinstance(d, int) for d in shape) or spec.dtype not in (np.float32, np.int8, np.uint8):
+            sizes = [d for d in shape if isinstance(d, int)]
+            if len(sizes) < len(shape) or spec.dtype not in (np.float32, np.int8, np.uint8):
                 return []
             if spec.dtype == np.float32:
                 low, high = params[spec.name].range if spec.name in params else (-1.0, 1.0)
-                feeds[spec.name] = rng.uniform(low, high, shape).astype(np.float32)
+                feeds[spec.name] = rng.uniform(low, high, sizes).astype(np.float32)
             else:
                 limits = np.iinfo(spec.dtype)
-                feeds[spec.name] = rng.integers(limits.min, limits.max + 1, shape).astype(spec.dtype)
+                feeds[spec.name] = rng.integers(limits.min, limits.max + 1, sizes).astype(spec.dtype)
         samples.append(feeds)
     return samples
 
