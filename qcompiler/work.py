@@ -243,7 +243,9 @@ class Accountant:
 
     def _matrix_product(self, prefix: str, node: Node, output: Shape) -> Work:
         left, right = self.shapes[node.inputs[0].name], self.shapes[node.inputs[1].name]
-        depth, columns, rows = left[-1], output[-1], math.prod(output[:-1])
+        is_vector = len(right) == 1  # then the result lacks the axis of the columns
+        depth, columns = left[-1], 1 if is_vector else output[-1]
+        rows = math.prod(output if is_vector else output[:-1])
         if not ir.is_constant(node.inputs[1]):
             kind, weights = "MatMul.activations", 0
         else:

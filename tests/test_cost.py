@@ -3,12 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from qcompiler_passes.form_blocks import FormBlocks
 
 from qcompiler import fit_cost
 from qcompiler.cost import CostTable, Work, read_table, shipped_table
 from qcompiler.errors import UserError
 from qcompiler.microbench import Net, networks
+from qcompiler.work import Accountant, concrete_shapes
+from tests.support import model_from_text, state_of
 
 
 def test_a_time_is_the_sum_over_units() -> None:
@@ -88,3 +92,15 @@ def test_networks_are_timed_in_float_and_in_int8() -> None:
     assert error < 1
     assert table.kinds["int8.pointwise"]
     assert len(list(networks())) > 200
+
+
+def test_products_of_vectors_are_accounted_for() -> None:
+    """The result of a matrix and a vector has no axis of columns, that of two vectors no axis at all."""
+    text = "g (float[6,4] x, float[4] v) => (float[6] y, float s) { y = MatMul(x, v) s = MatMul(v, v) }"
+    model = onnx.shape_inference.infer_shapes(model_from_text(text))
+    state = state_of(model)
+    FormBlocks().run(state)
+    shapes = concrete_shapes(state)
+    assert shapes is not None
+    works = Accountant(state, shapes).total(())
+    assert [(w.macs, w.writes) for w in works if w.kind == "float.MatMul.activations"] == [(24, 6), (4, 1)]

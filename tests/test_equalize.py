@@ -172,6 +172,30 @@ def test_a_reader_that_takes_no_factors_fixes_the_whole_residual_group() -> None
     assert _equalized(model)[1] == 0
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n, m = Split<axis=1>(r, cut) t = Concat<axis=1>(m, n, m)",
+        "n = Slice(r, zero, zero, one) t = Concat<axis=1>(n, r)",
+    ],
+)
+def test_tensors_without_elements_have_no_channels(body: str) -> None:
+    indices = {"cut": np.array([0, 8]), "zero": np.array([0]), "one": np.array([1])}
+    wide = _even(8, 16 if "cut" in body else 8, 1, 1)
+    model = _net(f"a = Conv(x, u, b) r = Relu(a) {body} y = Conv(t, wide)", 17, wide=wide, **indices)
+    state, count = _equalized(model)
+    assert count == 0
+    assert_same_function(model, ir.to_proto(state.graph))
+
+
+@pytest.mark.filterwarnings("error")
+def test_ends_where_the_power_of_channels_overflows() -> None:
+    sparse = _even(8, 8, 1, 1)
+    sparse[2] = 0
+    huge = _uneven(8, 8, 1, 1) * np.float32(1e25)
+    assert _equalized(_net("a = Conv(x, u) r = Relu(a) y = Conv(r, v)", u=huge, v=sparse))[1] == 0
+
+
 def test_leaves_even_channels_alone() -> None:
     even = weights(8, 8, 1, 1, seed=3)
     model = _net("s = Sigmoid(x) a = Conv(s, same) r = Relu(a) y = Conv(r, even)", same=IDENTITY, even=even)

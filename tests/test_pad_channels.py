@@ -85,6 +85,7 @@ def test_what_is_around_a_depthwise_conv(before: str, behind: str) -> None:
         ("s = Conv(c, w1) t = Softmax<axis=1>(c) u = Conv(t, w1) y = Add(s, u)", "Softmax cannot be padded"),
         ("y = Relu(c)", "an input, an output or a subgraph has these channels"),
         ("s = Concat<axis=1>(c, a) y = Relu(s)", "Concat cannot be padded"),
+        ("k = Abs(w1) y = Conv(c, k)", "Conv cannot be padded"),
         ("m = ReduceMax<axes=[1]>(c) t = Mul(c, m) y = Conv(t, w1)", "Mul cannot be padded"),
     ],
 )

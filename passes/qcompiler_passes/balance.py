@@ -113,6 +113,7 @@ class Group:
         return result
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows promises no gain
 def balance(state: CompileState, sources: frozenset[str], samples: int, alpha: float, beta: float) -> int:
     """Multiply the channels of groups by factors of `Group.step` as long as that lowers their noise.
 
@@ -149,7 +150,7 @@ def _settle(group: Group, alpha: float, beta: float) -> Factors | None:
     while True:
         wanted = factors * group.step(factors, alpha, beta)
         least = group.noise(wanted)
-        if least * _LEAST_GAIN >= noise:
+        if not least * _LEAST_GAIN < noise:  # also if they are no numbers
             return factors if steps else None
         factors, noise, steps = wanted, least, steps + 1
 

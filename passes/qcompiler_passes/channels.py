@@ -110,7 +110,7 @@ def follow(graph: Graph, sources: frozenset[str], rules: Mapping[str, Rule]) -> 
     found = Channels(sources)
     for node in graph.nodes:
         rule = rules.get(op_key(node.op, node.domain))
-        results = None if rule is None or ir.has_subgraph(node) else rule(found, node)
+        results = None if rule is None or ir.has_subgraph(node) or _is_empty(node) else rule(found, node)
         if results is None:
             for tensor in (*node.inputs, *ir.captures(node)):
                 found.fix(tensor, Refusal(f"{node.op} does not pass a factor on", node.name))
@@ -119,6 +119,11 @@ def follow(graph: Graph, sources: frozenset[str], rules: Mapping[str, Rule]) -> 
     for tensor in graph.outputs:
         found.fix(tensor, Refusal("the result is a graph output", tensor.name))
     return found
+
+
+def _is_empty(node: Node) -> bool:
+    """Whether an operand or a result has no elements, hence no channels either."""
+    return any(0 in (ir.shape(t) or ()) for t in (*node.inputs, *node.outputs))
 
 
 def multiply(rewriter: Rewriter, channels: Channels, factors: Factors) -> Refusal | None:

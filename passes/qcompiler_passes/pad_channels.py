@@ -85,7 +85,7 @@ class _Group:
         if _is_depthwise(node):
             before = SLOW_DEPTHWISE if self.channels % target.depthwise else FAST_DEPTHWISE
             return pixels * (before * self.channels - FAST_DEPTHWISE * new)
-        if node.op == "Conv":
+        if _is_conv(node):
             outputs, inputs, *kernel = ir.array(node.inputs[1]).shape
             per_channel = inputs * self.holds(node.outputs[0]) + outputs * self.holds(node.inputs[0])
             slow = self.channels % _dense_unit(target) and pixels > 1
