@@ -20,6 +20,7 @@ from qcompiler.instrument import Dump, Operators, Reproducer, Runnable, Timing, 
 from qcompiler.load import input_specs, is_quantized, load_model
 from qcompiler.measure import evaluate, measure, random_samples
 from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
+from qcompiler.modes import STATIC, mode_pipeline
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.report import Reached, Report, layers_of
@@ -46,6 +47,8 @@ class CompileOptions:
 
     emit: str = "kernels"
     level: int | None = None
+    mode: str | None = None
+    bits: int | None = None
     collector: str | None = None
     samples: int | None = None
     target: str | Target = DEFAULT_TARGET
@@ -91,6 +94,8 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
     planned = _pipeline(registry, options)
     pipeline = planned if options.until is None else planned.until(options.until)
     float_model = load_model(model)
+    if options.mode not in (None, STATIC) and is_quantized(float_model):
+        raise UserError("the model is quantized already", f"--mode {options.mode}")
     specs = input_specs(float_model)
     split = None if calib is None else Split(as_source(calib, specs, options.preprocess, options.samples))
     if split is None and not is_quantized(float_model) and any(p.name == "calibrate" for p in pipeline.passes):
@@ -149,7 +154,8 @@ def compile_model(
     cheapest layers in float that it takes for so many dB at every output, or to lose no more of the metric.
 
     options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same. level: 0
-    (fast to compile) to 3 (most accurate). collector: how ranges are measured. samples: use at most so many. target, per_tensor:
+    (fast to compile) to 3 (most accurate). mode: another pipeline than those, such as `dynamic`; see docs/modes.md. bits: of
+    weights in mode `weight-only`. collector: how ranges are measured. samples: use at most so many. target, per_tensor:
     the hardware, one weight scale per tensor. optimize: `latency`, `size` or `integer`. profile: a file of `qcompile profile`.
     keep_float: patterns of node or output names, or a mapping from such to reasons. passes: a pipeline in text form instead of
     a level, until: a pass or phase to stop after. preprocess: of images. load: plug-in files. progress: called with samples
@@ -161,6 +167,8 @@ def compile_model(
     if target_path is not None:
         emitter.check_path(target_path, None if isinstance(model, onnx.ModelProto) else Path(model))
     choices, goal = CompileOptions(**options), Goal(min_sqnr, max_drop)
+    if goal and choices.mode not in (None, STATIC):
+        raise UserError(f"mode {choices.mode} cannot be tuned to a goal", "--min-sqnr, --max-drop")
     job = prepare(model, calib, choices)
     judged = None if eval is None else judge(eval, input_specs(job.float_model), choices.preprocess)
     reached = _keep_for(goal, job, judged) if goal else None
@@ -260,13 +268,7 @@ def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
     """The passes of the level, or those that were asked for, as far as `emit` goes, with the collector put in."""
     if options.emit not in LAST_PASS:
         raise UserError(f"no form is called {options.emit!r}; choose {', '.join(LAST_PASS)}", "--emit")
-    if options.passes is not None:
-        if options.level is not None:
-            raise UserError("a level is a pipeline: give one of the two", "-O and --passes")
-        text = registry.pipelines.get(options.passes, options.passes)
-    else:
-        text = registry.pipelines[_level(registry, options.level)]
-    pipeline = parse_pipeline(text, registry.passes)
+    pipeline = _named(registry, options)
     last = LAST_PASS["integer" if options.optimize == "integer" else options.emit]
     if last is not None and any(stage.name == last for stage in pipeline.passes):
         pipeline = Pipeline((*pipeline.until(last).passes, *(registry.passes[name]() for name in LAST)))
@@ -275,6 +277,28 @@ def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
     if options.profile is not None:
         pipeline = _with(pipeline, ("account", "place"), profile=str(Path(options.profile).absolute()))
     return pipeline if options.collector is None else _with_collector(registry, pipeline, options.collector)
+
+
+def _named(registry: Registry, options: CompileOptions) -> Pipeline:
+    given = {
+        "-O": options.level,
+        "--passes": options.passes,
+        "--emit": options.emit,
+        "--collector": options.collector,
+        "--optimize": options.optimize,
+        "--profile": options.profile,
+        "--bits": options.bits,
+    }
+    if options.mode not in (None, STATIC):
+        pipeline = mode_pipeline(registry, options.mode, given)
+        return pipeline if options.bits is None else _with(pipeline, ("quantize-blocks",), bits=options.bits)
+    if options.bits is not None:
+        raise UserError("it is for mode weight-only", "--bits")
+    if options.passes is None:
+        return parse_pipeline(registry.pipelines[_level(registry, options.level)], registry.passes)
+    if options.level is not None:
+        raise UserError("a level is a pipeline: give one of the two", "-O and --passes")
+    return parse_pipeline(registry.pipelines.get(options.passes, options.passes), registry.passes)
 
 
 def _level(registry: Registry, level: int | None) -> str:

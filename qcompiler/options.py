@@ -41,6 +41,10 @@ def size(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[
     return (parts[0], parts[-1]) if parts else None
 
 
+def _integer(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
 def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """One decorator that adds several options, in this order."""
 
@@ -101,6 +105,12 @@ pipeline_options = _all(
         type=click.IntRange(0, 3),
         help="Time for accuracy, from 0, min-max ranges only, to 3, all there is.  [default: 2]",
     ),
+    click.option(
+        "--mode",
+        metavar="NAME",
+        help="static, dynamic, weight-only, or a pipeline of a plug-in; all but static need no data.  [default: static]",
+    ),
+    click.option("--bits", type=click.Choice(["4", "8"]), callback=_integer, help="Of weights, in mode weight-only."),
     click.option("--target", default="ort-cpu", show_default=True, help="The hardware (see `qcompile targets`)."),
     click.option("--collector", cls=_CollectorOption, help="How activation ranges are measured"),
     click.option(

@@ -18,6 +18,9 @@ MAX_GROUPS = 8
 HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """The operators that take the time; what became of them comes first."""
 
+_UNDECIDED = ("float", "fused")
+"""The phases in which nothing is known about the layers."""
+
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 """What a float model has at integer inputs and outputs: no layers."""
 
@@ -137,7 +140,10 @@ class Report:
     def rows(self, verbose: bool = False) -> Iterator[tuple[str, str]]:
         """The summary, as (what, value); `verbose` lists every layer and kernel."""
         yield self.path or "compiled model", f"{self.emit} for {self.target}"
-        yield from _quantized(self.layers)
+        if self.layers or self.emit in _UNDECIDED:
+            yield from _quantized(self.layers)
+        else:
+            yield "quantized", "nothing: there is no layer to quantize"
         yield from _in_float(self.layers, verbose)
         if self.outputs:
             held = f"{self.held_back} held-back samples" if self.held_back > 1 else "1 sample"

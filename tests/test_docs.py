@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from qcompiler_passes import DEFAULT_PIPELINE, LEVELS
+from qcompiler_passes import DEFAULT_PIPELINE, LEVELS, MODES
 
 from qcompiler.cli import cli
 from qcompiler.collectors import COLLECTORS
@@ -87,7 +87,8 @@ def test_the_code_test_finds_the_examples() -> None:
 
 def test_table_of_passes() -> None:
     registry = load_registry()
-    order = dict.fromkeys(stage.name for stage in parse_pipeline(LEVELS["O3"], registry.passes).passes)
+    pipelines = (LEVELS["O3"], *MODES.values())
+    order = dict.fromkeys(stage.name for text in pipelines for stage in parse_pipeline(text, registry.passes).passes)
     rows = list(table(ROOT / "README.md", "pass"))
     assert [cells[0].strip("`") for cells in rows] == list(order)
     assert set(order) == set(registry.passes)

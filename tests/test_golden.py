@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
-from qcompiler_passes import DEFAULT_PIPELINE, LEVELS
+from qcompiler_passes import DEFAULT_PIPELINE, LEVELS, MODES
 
 from qcompiler import ir
 from qcompiler.pipeline import Pass, Pipeline, parse_pipeline
@@ -477,6 +477,32 @@ GOLDEN: dict[str, Golden] = {
         signature="float[1,3,128,128] x) => (float[1,64,128,128] y",
         show=placed,
     ),
+    "quantize-blocks": Golden(
+        "y = MatMul(x, w)",
+        {"w": np.ones((16, 1024), np.float32)},
+        """
+        inputs: x:float32[1,16]
+        y = com.microsoft.MatMulNBits{K=16, N=1024, accuracy_level=4, bits=4, block_size=32}(x, uint8[1024,1,16], float32[1024])
+        outputs: y:float32[1,1024]
+        block MatMul_y -inf..inf integer
+        """,
+        before="form-blocks",
+        signature="float[1,16] x) => (float[1,1024] y",
+        show=blocks,
+    ),
+    "quantize-dynamic": Golden(
+        "m = MatMul(x, w) y = Add(m, b)",
+        {"w": np.ones((4, 1024), np.float32), "b": np.ones(1024, np.float32)},
+        """
+        inputs: x:float32[1,4]
+        y = com.microsoft.DynamicQuantizeMatMul(x, int8[4,1024], float32[1024], _, float32[1024])
+        outputs: y:float32[1,1024]
+        block MatMul_m -inf..inf integer
+        """,
+        before="form-blocks",
+        signature="float[1,4] x) => (float[1,1024] y",
+        show=blocks,
+    ),
     "recompose": Golden(
         "a = Add(x, three) c = Clip(a, zero, six) m = Mul(x, c) y = Div(m, six)",
         {"three": f(3, shape=()), "zero": f(0, shape=()), "six": f(6, shape=())},
@@ -560,7 +586,8 @@ def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
         DEFAULT_PIPELINE.replace("calibrate", "calibrate{collector=minmax}"), REGISTRY.passes
     ).passes
     if golden.before is not None:
-        stage = next(p for p in parse_pipeline(LEVELS["O3"], REGISTRY.passes).passes if p.name == name)
+        pipelines = (LEVELS["O3"], *MODES.values())
+        stage = next(p for text in pipelines for p in parse_pipeline(text, REGISTRY.passes).passes if p.name == name)
         return parse_pipeline(golden.before, REGISTRY.passes), stage
     at = next(i for i, stage in enumerate(default) if stage.name == name)
     return Pipeline(tuple(stage for stage in default[:at] if stage.name != "correct-bias")), default[at]

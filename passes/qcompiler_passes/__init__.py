@@ -27,6 +27,8 @@ from qcompiler_passes.normalize_gemm import NormalizeGemm
 from qcompiler_passes.normalize_pooling import NormalizePooling
 from qcompiler_passes.pad_channels import PadChannels
 from qcompiler_passes.place import Place
+from qcompiler_passes.quantize_blocks import QuantizeBlocks
+from qcompiler_passes.quantize_dynamic import QuantizeDynamic
 from qcompiler_passes.recompose import Recompose
 from qcompiler_passes.round_weights import RoundWeights
 from qcompiler_passes.scale_weights import ScaleWeights
@@ -51,6 +53,16 @@ LEVELS = {
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
 
 DEFAULT_PIPELINE = LEVELS["O2"]
+
+_UNCALIBRATED = (
+    "normalize,fold-constants,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,fold-constants,"
+)
+
+MODES = {
+    "dynamic": f"{_UNCALIBRATED}migrate-scales,form-blocks,quantize-dynamic,cleanup",
+    "weight-only": f"{_UNCALIBRATED}form-blocks,quantize-blocks,cleanup",
+}
+"""What `--mode` runs instead: pipelines that need no calibration data."""
 
 PLUGIN = Plugin(
     "qcompiler-passes",
@@ -81,6 +93,8 @@ PLUGIN = Plugin(
         NormalizePooling,
         PadChannels,
         Place,
+        QuantizeBlocks,
+        QuantizeDynamic,
         Recompose,
         RoundWeights,
         ScaleWeights,
@@ -88,5 +102,5 @@ PLUGIN = Plugin(
         SplitGroups,
     ),
     targets=TARGETS,
-    pipelines={"default": DEFAULT_PIPELINE, **LEVELS},
+    pipelines={"default": DEFAULT_PIPELINE, **LEVELS, **MODES},
 )

@@ -1,0 +1,85 @@
+"""Modes: pipelines that need no data, and options that make no sense with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from qcompiler.compile import compile_model
+from qcompiler.errors import UserError
+from tests.support import model_from_text, ops_of, random_feeds, run
+
+RNG = np.random.default_rng(0)
+
+
+def net() -> onnx.ModelProto:
+    weights = {"w": RNG.standard_normal((256, 256)).astype(np.float32) / 16, "b": np.ones(256, np.float32)}
+    text = "g (float[N,256] x) => (float[N,256] y) { m = MatMul(x, w) a = Add(m, b) y = Relu(a) }"
+    return model_from_text(text, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "op", "size", "sqnr"),
+    [
+        ({"mode": "dynamic"}, "DynamicQuantizeMatMul", 0.3, 35),
+        ({"mode": "weight-only"}, "MatMulNBits", 0.2, 15),
+        ({"mode": "weight-only", "bits": 8}, "MatMulNBits", 0.31, 35),
+    ],
+)
+def test_modes_need_no_data(options: dict[str, Any], op: str, size: float, sqnr: float) -> None:
+    model = net()
+    result = compile_model(model, **options)
+    assert ops_of(result.model) == [op, "Relu"]
+    assert result.model.ByteSize() < size * model.ByteSize()
+    (layer,) = result.report.layers
+    assert (layer.op, layer.quantized) == ("MatMul", True)
+    assert dict(result.report.rows())["quantized"] == "MatMul 1/1"
+    feeds = random_feeds(model, dynamic=5)
+    a, b = run(model, feeds)[0], run(result.model, feeds)[0]
+    assert 10 * np.log10(np.square(a).sum() / np.square(a - b).sum()) > sqnr
+
+
+def test_data_that_is_given_is_compared() -> None:
+    report = compile_model(net(), RNG.standard_normal((8, 1, 256)).astype(np.float32), mode="dynamic").report
+    assert report.outputs[0].sqnr is not None
+    assert report.outputs[0].sqnr > 30
+
+
+def test_a_model_without_layers_says_so() -> None:
+    report = compile_model(model_from_text("g (float[4] x) => (float[4] y) { y = Relu(x) }"), mode="dynamic").report
+    assert dict(report.rows())["quantized"] == "nothing: there is no layer to quantize"
+
+
+def test_static_is_the_default_by_name() -> None:
+    with pytest.raises(UserError, match="calibration data is missing"):
+        compile_model(net(), mode="static")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "dinamic"}, "did you mean 'dynamic'"),
+        ({"mode": "O3"}, "no mode is called 'O3'"),
+        ({"mode": "dynamic", "level": 2}, r"mode dynamic is a pipeline of its own.*\(--mode and -O\)"),
+        ({"mode": "dynamic", "passes": "cleanup"}, "--mode and --passes"),
+        ({"mode": "dynamic", "emit": "qdq"}, r"mode dynamic has no pass insert-qdq.*\(--emit qdq\)"),
+        ({"mode": "weight-only", "collector": "minmax"}, "mode weight-only has no pass calibrate"),
+        ({"mode": "dynamic", "optimize": "size"}, "mode dynamic has no pass place"),
+        ({"mode": "dynamic", "bits": 4}, "mode dynamic has no pass quantize-blocks"),
+        ({"bits": 4}, "it is for mode weight-only"),
+        ({"mode": "dynamic", "min_sqnr": 20}, "cannot be tuned"),
+    ],
+)
+def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compile_model(net(), **options)
+
+
+def test_quantized_models_are_refused() -> None:
+    text = "g (float[N,256] x) => (float[N,256] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"
+    model = model_from_text(text, {"s": np.float32(0.1), "z": np.uint8(0)})
+    with pytest.raises(UserError, match="the model is quantized already"):
+        compile_model(model, mode="dynamic")
