@@ -77,6 +77,11 @@ class Job:
     registry: Registry
     recipe: Recipe = field(default_factory=Recipe)
 
+    @property
+    def guards(self) -> list[Instrument]:
+        """What tells the user's mistakes from those of passes, before other instruments see an error."""
+        return [] if self.split is None else [Runnable(self.float_model, self.split)]
+
 
 @dataclass(frozen=True)
 class CompileResult:
@@ -176,8 +181,7 @@ def compile_model(
         choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
         job = prepare(model, calib, choices)
     timing, operators = Timing(), Operators()
-    watchers: list[Instrument] = [] if job.split is None else [Runnable(job.float_model, job.split)]
-    watchers += [timing, *instruments, operators]
+    watchers: list[Instrument] = [*job.guards, timing, *instruments, operators]
     watchers += [Dump(Path(dump), job.recipe, dump_changed)] if dump is not None else []
     watchers += [Verify()] if verify else []
     reproducer = None
@@ -225,7 +229,7 @@ def _keep_for(goal: Goal, job: Job, judged: Judge | None) -> Reached:
         raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
     probes = job.split.spread(PROBES)
     figures = figures_of(job.float_model, job.split.held_back, judged if goal.max_drop is not None else None)
-    return reach(Trials(job.state, job.pipeline, probes, figures), goal)
+    return reach(Trials(job.state, job.pipeline, probes, figures, job.guards), goal)
 
 
 def finish(job: Job, reproducer: Reproducer | None = None) -> onnx.ModelProto:

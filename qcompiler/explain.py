@@ -137,7 +137,7 @@ def explain(model: str | Path | onnx.ModelProto, pattern: str, calib: Any, optio
     """
     job = prepare(model, calib, options)
     history = History(pattern)
-    job.pipeline.run(job.state, [history])
+    job.pipeline.run(job.state, [*job.guards, history])
     return [history.story(layer) for layer in history.layers]
 
 
@@ -271,7 +271,7 @@ def _multiplier(node: ir.Node) -> Multiplier:
 def _block_lines(block: BlockFacts) -> Iterator[str]:
     low, high = block.bounds
     clamp = f", clamped to {low:g} .. {high:g}" if np.isfinite(low) or np.isfinite(high) else ""
-    what = "integer" if block.quantized else f"float: {block.reason}"
+    what = block.reason or "integer" if block.quantized else f"float: {block.reason}"
     yield f"  {'block':<10}  {' + '.join(block.nodes)}{clamp}: {what}"
     yield from (f"  {t.role:<10}  {_describe(t)}" for t in block.tensors)
 

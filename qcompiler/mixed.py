@@ -19,7 +19,7 @@ from qcompiler import ir
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge
 from qcompiler.measure import compare
-from qcompiler.pipeline import Pipeline
+from qcompiler.pipeline import Instrument, Pipeline
 from qcompiler.report import Figures, Reached
 from qcompiler.runtime import session
 from qcompiler.sensitivity import F64, FloatModel, Rounding, Sensitivity, before_qdq, measure
@@ -91,8 +91,15 @@ def figures_of(float_model: onnx.ModelProto, samples: Sequence[Feeds], judge: Ju
 class Trials:
     """True compilations with some layers kept in float."""
 
-    def __init__(self, start: CompileState, pipeline: Pipeline, probes: Sequence[Feeds], judge: Judging) -> None:
-        self._start, self._probes, self._judge = start, probes, judge
+    def __init__(
+        self,
+        start: CompileState,
+        pipeline: Pipeline,
+        probes: Sequence[Feeds],
+        judge: Judging,
+        instruments: Sequence[Instrument] = (),
+    ) -> None:
+        self._start, self._probes, self._judge, self._instruments = start, probes, judge, instruments
         self._front, self._rest = before_qdq(pipeline)
         self._known: dict[frozenset[str], Figures | None] = {}
         self.sensitivity: Sensitivity | None = None
@@ -108,7 +115,7 @@ class Trials:
         if kept not in self._known:
             state, keeper = self._start.clone(), FloatModel()
             state.keep_float = {**state.keep_float, **{escape(name): "on trial" for name in sorted(kept)}}
-            self._front.run(state, [keeper])
+            self._front.run(state, [*self._instruments, keeper])
             if self.sensitivity is None and keeper.model is not None:
                 self.sensitivity = measure(state, keeper.model, self._probes)
             self._rest.run(state)

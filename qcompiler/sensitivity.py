@@ -21,7 +21,7 @@ from qcompiler.gates import GatedModel
 from qcompiler.instrument import Watcher
 from qcompiler.ir import Node
 from qcompiler.perturb import Runner
-from qcompiler.pipeline import Pass, Pipeline
+from qcompiler.pipeline import Instrument, Pass, Pipeline
 from qcompiler.state import CompileState, Feeds, Phase
 from qcompiler.work import Accountant, concrete_shapes
 
@@ -137,13 +137,17 @@ def before_qdq(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
     raise UserError("the pipeline quantizes nothing", "--passes")
 
 
-def sensitivity(state: CompileState, pipeline: Pipeline, samples: Sequence[Feeds]) -> Sensitivity:
+def sensitivity(
+    state: CompileState, pipeline: Pipeline, samples: Sequence[Feeds], instruments: Sequence[Instrument] = ()
+) -> Sensitivity:
     """Run the passes before Q and DQ are inserted on a state, and measure what each rounding does to the outputs.
+
+    instruments: what else watches the passes.
 
     Raises UserError if the pipeline quantizes nothing or no output is float.
     """
     keeper = FloatModel()
-    before_qdq(pipeline)[0].run(state, [keeper])
+    before_qdq(pipeline)[0].run(state, [*instruments, keeper])
     if keeper.model is None:
         raise UserError("the pipeline does not calibrate", "--passes")
     return measure(state, keeper.model, samples)

@@ -320,6 +320,23 @@ def test_no_reproducer_of_the_users_errors(qcompile: Run, folder: Path) -> None:
     assert not (folder / "qcompiler-repro-01").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("compile", []), ("compile", ["--min-sqnr", "20"]), ("sensitivity", []), ("explain", ["/conv"])],
+)
+def test_a_model_that_does_not_run_is_the_users_error(
+    qcompile: Run, folder: Path, command: str, more: list[str]
+) -> None:
+    model = net()
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.ones(16, np.float32), "w"))
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("kernel_shape", [3, 3]))
+    onnx.save(model, folder / "wrong.onnx")
+    code, _, err = qcompile(command, "wrong.onnx", *more, "--calib", "calib")
+    assert code == 2
+    assert "X num_dims does not match W num_dims" in err
+    assert not list(folder.glob("qcompiler-repro*"))
+
+
 def test_a_reproducer_that_cannot_be_written_does_not_hide_the_crash(qcompile: Run, folder: Path) -> None:
     code, _, err = qcompile(*broken(folder, "return 1 // 0"), "--repro", folder / "net.onnx" / "x")
     assert code == 70

@@ -60,7 +60,7 @@ def command(model: Path, probes: int, top: int | None, as_json: bool, **options:
     with progress_bar(not as_json) as progress:
         job = prepare(model, options["calib"], compile_options(options, progress))
         assert job.split is not None
-        found = sensitivity(job.state, job.pipeline, job.split.spread(probes))
+        found = sensitivity(job.state, job.pipeline, job.split.spread(probes), job.guards)
     rows = found.ranking()
     shown = rows[:top]
     if as_json:
