@@ -108,7 +108,7 @@ pipeline_options = _all(
     click.option(
         "--mode",
         metavar="NAME",
-        help="static, dynamic, weight-only, or a pipeline of a plug-in; all but static need no data.  [default: static]",
+        help="static, dynamic, weight-only, float16, or a pipeline of a plug-in; all but static need no data.  [default: static]",
     ),
     click.option("--bits", type=click.Choice(["4", "8"]), callback=_integer, help="Of weights, in mode weight-only."),
     click.option("--target", default="ort-cpu", show_default=True, help="The hardware (see `qcompile targets`)."),

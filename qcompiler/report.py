@@ -27,7 +27,7 @@ CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
 @dataclass(frozen=True)
 class Layer:
-    """One block of the float model; `reason` says why it stays float."""
+    """One block of the float model; `reason` says why it stays float, or how else than by constant scales it is quantized."""
 
     name: str
     op: str
@@ -179,12 +179,13 @@ def layers_of(state: CompileState, operators: dict[str, str]) -> list[Layer]:
 
 
 def _quantized(layers: list[Layer]) -> Iterator[tuple[str, str]]:
-    done = Counter(layer.op for layer in layers if layer.quantized)
     total = Counter(layer.op for layer in layers)
-    if done:
+    ways = dict.fromkeys(layer.reason for layer in layers if layer.quantized)
+    for way in ways:
+        done = Counter(layer.op for layer in layers if layer.quantized and layer.reason == way)
         order = sorted(done.most_common(), key=lambda item: item[0] not in HEAVY)
-        yield "quantized", ", ".join(f"{op} {n}/{total[op]}" for op, n in order)
-    else:
+        yield way or "quantized", ", ".join(f"{op} {n}/{total[op]}" for op, n in order)
+    if not ways:
         yield "quantized", "nothing: the model stays float" if layers else "nothing yet: the pipeline stops before"
 
 

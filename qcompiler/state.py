@@ -39,7 +39,7 @@ class Block:
 
     `root`: name of the root node. `nodes`: names of all its nodes, root first. `outputs`: names of the tensors that leave it.
     `low`, `high`: bounds of the absorbed activation, or those beyond which all readers saturate. `quantized`: whether annotate
-    chose it; `reason`: why not, else "".
+    chose it; `reason`: why not, else "" or how else it is smaller than float.
     """
 
     root: str

@@ -182,6 +182,24 @@ GOLDEN: dict[str, Golden] = {
         outputs: y:float32[1,1,2,2]
         """,
     ),
+    "convert-float16": Golden(
+        "c = Conv(x, w, b) e = Exp(c) y = Sigmoid(e)",
+        WEIGHTS,
+        """
+        inputs: x:float32[1,1,2,2]
+        x_half = Cast{to=10}(x)
+        c_half = Conv(x_half, 0.5, 0.25)
+        c = Cast{to=1}(c_half)
+        e = Exp(c)
+        e_half = Cast{to=10}(e)
+        y_half = Sigmoid(e_half)
+        y = Cast{to=1}(y_half)
+        outputs: y:float32[1,1,2,2]
+        block Conv_c -inf..inf integer float16
+        """,
+        before="normalize,form-blocks",
+        show=blocks,
+    ),
     "correct-bias": Golden(
         QUANTIZED,
         WEIGHTS,
@@ -484,7 +502,7 @@ GOLDEN: dict[str, Golden] = {
         inputs: x:float32[1,16]
         y = com.microsoft.MatMulNBits{K=16, N=1024, accuracy_level=4, bits=4, block_size=32}(x, uint8[1024,1,16], float32[1024])
         outputs: y:float32[1,1024]
-        block MatMul_y -inf..inf integer
+        block MatMul_y -inf..inf integer int4 weights
         """,
         before="form-blocks",
         signature="float[1,16] x) => (float[1,1024] y",
@@ -497,7 +515,7 @@ GOLDEN: dict[str, Golden] = {
         inputs: x:float32[1,4]
         y = com.microsoft.DynamicQuantizeMatMul(x, int8[4,1024], float32[1024], _, float32[1024])
         outputs: y:float32[1,1024]
-        block MatMul_m -inf..inf integer
+        block MatMul_m -inf..inf integer dynamic
         """,
         before="form-blocks",
         signature="float[1,4] x) => (float[1,1024] y",

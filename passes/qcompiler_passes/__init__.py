@@ -7,6 +7,7 @@ from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.choose_ranges import ChooseRanges
 from qcompiler_passes.cleanup import Cleanup
+from qcompiler_passes.convert_float16 import ConvertFloat16
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.equalize import Equalize
 from qcompiler_passes.expand_activations import ExpandActivations
@@ -59,8 +60,9 @@ _UNCALIBRATED = (
 )
 
 MODES = {
-    "dynamic": f"{_UNCALIBRATED}migrate-scales,form-blocks,quantize-dynamic,cleanup",
+    "dynamic": f"{_UNCALIBRATED}form-blocks,quantize-dynamic,cleanup",
     "weight-only": f"{_UNCALIBRATED}form-blocks,quantize-blocks,cleanup",
+    "float16": f"{_UNCALIBRATED}form-blocks,convert-float16,cleanup",
 }
 """What `--mode` runs instead: pipelines that need no calibration data."""
 
@@ -73,6 +75,7 @@ PLUGIN = Plugin(
         Calibrate,
         ChooseRanges,
         Cleanup,
+        ConvertFloat16,
         CorrectBias,
         Equalize,
         ExpandActivations,

@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompiler.errors import UserError
 from qcompiler.ir import Node, Variable
-from qcompiler.rewrite import Refusal, Rewriter
+from qcompiler.rewrite import Refusal, Rewriter, Rule
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.blockwise import gather, pack, quantize_blocks
 from qcompiler_passes.runtime_layers import missing_kernel, product, replace_nodes, rewrite_layers, take_bias
@@ -41,15 +41,13 @@ class QuantizeBlocks:
             raise UserError(f"bits={self.bits}: kernels take 4 or 8", self.name)
         if self.block < 16 or self.block & (self.block - 1):
             raise UserError(f"block={self.block} is not a power of 2 from 16 on", self.name)
-        return rewrite_layers(
-            state,
-            {
-                "Gemm": self._product,
-                "MatMul": self._product,
-                "Gather": partial(gather, bits=self.bits, least=self.least),
-                "Conv": lambda rewriter, node: Refusal("weights in blocks are for products of matrices"),
-            },
-        )
+        rules: dict[str, Rule] = {
+            "Gemm": self._product,
+            "MatMul": self._product,
+            "Gather": partial(gather, bits=self.bits, least=self.least),
+            "Conv": lambda rewriter, node: Refusal("weights in blocks are for products of matrices"),
+        }
+        return rewrite_layers(state, rules, f"int{self.bits} weights")
 
     def _product(self, rewriter: Rewriter, node: Node) -> Refusal | None:
         linear = product(node, self.least)

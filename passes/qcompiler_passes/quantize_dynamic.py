@@ -47,7 +47,7 @@ class QuantizeDynamic:
             "Gather": partial(gather, bits=8, least=self.table),
             "Conv": lambda rewriter, node: Refusal("a Conv is not faster if its input is quantized at run time"),
         }
-        return rewrite_layers(state, rules)
+        return rewrite_layers(state, rules, "dynamic")
 
 
 def _product(least: int, rewriter: Rewriter, node: Node) -> Refusal | None:

@@ -19,10 +19,11 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
 """The operators that the report tells about, whether they were rewritten or not."""
 
 
-def rewrite_layers(state: CompileState, rules: Mapping[str, Rule]) -> int:
+def rewrite_layers(state: CompileState, rules: Mapping[str, Rule], how: str) -> int:
     """Apply the rules to nodes that no pattern keeps in float; note in the blocks what became of each layer.
 
-    Returns the number of rewrites. Blocks of other operators go: nothing is decided about them.
+    `how`: what layers are afterwards, for the report. Returns the number of rewrites.
+    Blocks of other operators go: nothing is decided about them.
     """
     before = {n.name: n.op for n in state.graph.nodes}
     rewriter = Rewriter(state)
@@ -35,7 +36,7 @@ def rewrite_layers(state: CompileState, rules: Mapping[str, Rule]) -> int:
         elif name in before:
             rewritten = name not in left and before[name] in rules
             if rewritten:
-                state.blocks[name] = replace(block, quantized=True)
+                state.blocks[name] = replace(block, quantized=True, reason=how)
             else:
                 del state.blocks[name]
     return rewrites
