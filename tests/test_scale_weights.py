@@ -14,6 +14,7 @@ from qcompiler_passes.scale_weights import ScaleWeights
 from qcompiler_passes.targets import ORT_CPU, ORT_CPU_AVX2
 
 from qcompiler import quant
+from qcompiler.errors import UserError
 from qcompiler.quant import dequantize, quantize
 from qcompiler.state import CompileState
 from qcompiler.target import Target
@@ -114,3 +115,24 @@ def test_two_layers_that_share_a_weight_scale_it_apart() -> None:
     assert len(set(names)) == 2
     assert not np.array_equal(*(state.params[n].scale for n in names))
     assert ScaleWeights().run(state) == 0
+
+
+def test_stochastic_rounding_is_unbiased_and_repeatable() -> None:
+    w = weights(64, 4, 3, 3)
+    states = [scaled(w, ScaleWeights(rounding="stochastic", seed=seed)) for seed in (0, 0, *range(1, 40))]
+    integers = [state.integers["w"] for state in states]
+    np.testing.assert_array_equal(integers[0], integers[1])
+    assert not np.array_equal(integers[0], integers[2])
+    params = states[0].params["w"]
+    quotient = w / params.scale.reshape(-1, 1, 1, 1)
+    clipped = np.clip(quotient, params.spec.qmin, params.spec.qmax)
+    assert all(np.abs(q - clipped).max() < 1 for q in integers)
+    assert np.abs(np.mean(integers[1:], axis=0) - clipped).mean() < 0.07
+    assert abs(np.mean(integers[0] - clipped)) < 0.03
+    assert params.same_as(scaled(w).params["w"])
+    assert not scaled(w).integers
+
+
+def test_unknown_rounding_is_refused() -> None:
+    with pytest.raises(UserError, match="choose nearest or stochastic"):
+        scaled(weights(8, 4, 3, 3), ScaleWeights(rounding="up"))
