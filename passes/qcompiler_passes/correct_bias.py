@@ -39,7 +39,7 @@ class CorrectBias:
     do models that came quantized: their biases were chosen with that in view.
     """
 
-    samples: int = 32
+    samples: int = 64
 
     name: ClassVar[str] = "correct-bias"
     requires: ClassVar[Phase] = Phase.CALIBRATED
