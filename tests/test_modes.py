@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
+from qcompiler.cli import cli
 from qcompiler.compile import compile_model
 from qcompiler.errors import UserError
 from tests.support import model_from_text, ops_of, random_feeds, run
@@ -84,3 +87,11 @@ def test_quantized_models_are_refused() -> None:
     model = model_from_text(text, {"s": np.float32(0.1), "z": np.uint8(0)})
     with pytest.raises(UserError, match="the model is quantized already"):
         compile_model(model, mode="dynamic")
+
+
+def test_explain_tells_what_a_mode_makes_of_a_layer(tmp_path: Path) -> None:
+    onnx.save(net(), tmp_path / "net.onnx")
+    result = CliRunner().invoke(cli, ["explain", str(tmp_path / "net.onnx"), "MatMul_m", "--mode", "dynamic"])
+    assert result.exit_code == 0
+    assert "quantize-dynamic    MatMul -> com.microsoft.DynamicQuantizeMatMul, together with Add_a" in result.output
+    assert "becomes     com.microsoft.DynamicQuantizeMatMul" in result.output

@@ -101,6 +101,15 @@ def test_lstm(direction: str) -> None:
     assert min(sqnr(model, after), sqnr(model, after, 1)) > 30
 
 
+def test_lstm_with_a_scale_per_direction() -> None:
+    text = "g (float[T,1,32] x) => (float[] y) { y = LSTM<hidden_size=16>(x, w, r) }"
+    target = replace(ORT_CPU, per_channel=False)
+    model, after, _ = compiled(text, target, w=floats(1, 64, 32) / 4, r=floats(1, 64, 16) / 4)
+    scales = [onnx.numpy_helper.to_array(t) for t in after.graph.initializer if t.name.endswith("_scale")]
+    assert [scale.shape for scale in scales] == [(1,), (1,)]
+    assert sqnr(model, after) > 25
+
+
 def test_large_tables_of_rows_are_integers() -> None:
     text = "g (int64[N] i) => (float[N,32] y) { y = Gather(t, i) }"
     model, after, state = compiled(text, t=floats(9, 32))

@@ -56,7 +56,7 @@ def _product(least: int, rewriter: Rewriter, node: Node) -> Refusal | None:
     if refusal is not None or isinstance(linear, Refusal):
         return refusal
     spec, per_channel = rewriter.state.target.weight, rewriter.state.target.per_channel
-    integers, scales = _quantized(linear.weight[0, :, :, 0].astype(np.float32), spec, 1 if per_channel else None)
+    integers, scales = _quantized(linear.weight[0, :, :, 0].astype(np.float32), spec, 1 if per_channel else (0, 1))
     bias, result, nodes = take_bias(rewriter, linear)
     source, name = node.inputs[0], node.inputs[1].name
     weight = rewriter.constant(f"{name}_q", np.ascontiguousarray(integers.T))
@@ -76,12 +76,12 @@ def _product(least: int, rewriter: Rewriter, node: Node) -> Refusal | None:
     return None
 
 
-def _quantized(rows: F32, spec: QuantSpec, axis: int | None) -> tuple[NDArray[np.int8], F32]:
-    """Integers of the shape of `rows`, and scales: the largest magnitude along `axis` (None: of all) is the end of the range."""
+def _quantized(rows: F32, spec: QuantSpec, axis: int | tuple[int, ...]) -> tuple[NDArray[np.int8], F32]:
+    """Integers of the shape of `rows`, and scales, shared over `axis`: the largest magnitude is the end of the range."""
     largest = np.abs(rows).max(axis=axis, keepdims=True)
     scale = np.maximum(largest / np.float32(spec.qmax), np.finfo(np.float32).tiny).astype(np.float32)
     integers = np.clip(np.rint(rows / scale), spec.qmin, spec.qmax).astype(np.int8)
-    return integers, scale.reshape(-1) if axis is not None else scale.reshape(())
+    return integers, scale.squeeze(axis)
 
 
 def _quantized_source(rewriter: Rewriter, node: Node, least: int) -> list[Tensor] | None:
@@ -100,7 +100,7 @@ def _quantized_source(rewriter: Rewriter, node: Node, least: int) -> list[Tensor
 
 
 def _lstm(rewriter: Rewriter, node: Node) -> Refusal | None:
-    """W, R [directions, 4 * hidden, inputs] become int8 [directions, inputs, 4 * hidden]; scales [directions, 4 * hidden]."""
+    """W, R [directions, 4 * hidden, inputs] become int8 [directions, inputs, 4 * hidden]; scales per channel or direction."""
     unknown = [a for a in node.attrs if a not in _LSTM_ATTRIBUTES and node.attrs[a] != 0]
     if unknown:
         return Refusal(f"the kernel has no attribute {unknown[0]}", node.name)
@@ -112,8 +112,8 @@ def _lstm(rewriter: Rewriter, node: Node) -> Refusal | None:
         return refusal
     constants, params = [], []
     for tensor in node.inputs[1:3]:
-        integers, scale = _quantized(ir.array(tensor), rewriter.state.target.weight, 2)
-        scale = scale.reshape(integers.shape[:2])
+        target = rewriter.state.target
+        integers, scale = _quantized(ir.array(tensor), target.weight, 2 if target.per_channel else (1, 2))
         constants.append(rewriter.constant(f"{tensor.name}_q", np.ascontiguousarray(integers.transpose(0, 2, 1))))
         params.append(rewriter.constant(f"{tensor.name}_scale", scale))
         params.append(rewriter.constant(f"{tensor.name}_zero", np.zeros(scale.shape, np.int8)))

@@ -38,9 +38,11 @@ def command(model: Path, node: str, verbose: bool, as_json: bool, **options: Any
     NODE is the name of a node, a pattern of such names, or the name of a tensor that a node makes.
     """
     from qcompiler.explain import explain  # noqa: PLC0415  (so that --help is quick)
+    from qcompiler.modes import STATIC  # noqa: PLC0415
 
     calib = options["calib"]
-    if calib is None and options["until"] is None and options["passes"] is None:
+    is_static = options["passes"] is None and options["mode"] in (None, STATIC)
+    if calib is None and options["until"] is None and is_static:
         options["until"] = "annotate"
     with progress_bar(not as_json) as progress:
         stories = explain(model, node, calib, compile_options(options, progress))
