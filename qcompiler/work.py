@@ -17,6 +17,7 @@ from qcompiler.cost import Work
 from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, op_key
+from qcompiler.shapes import infer_shapes
 from qcompiler.state import Block, CompileState, Feeds
 
 Shape = tuple[int, ...]
@@ -296,11 +297,22 @@ def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
     unknown = [t for t in tensors if t.name not in shapes]
     if unknown:
         sample = None if state.calibration is None else next(iter(state.calibration), None)
-        found = None if sample is None else _shapes_in(state, unknown, sample)
+        found = None if sample is None else _inferred(state, unknown, sample) or _shapes_in(state, unknown, sample)
         if found is None:
             return None
         shapes |= found
     return shapes
+
+
+def _inferred(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
+    """What follows from the shapes of the sample without running the model; None if that is not all."""
+    graph = state.graph.copy()
+    for tensor in graph.inputs:
+        tensor.shape = list(sample[tensor.name].shape)
+    infer_shapes(graph)
+    known = {t.name: ir.static_shape(t) for t in ir.tensors(graph)}
+    found = {t.name: shape for t in tensors if (shape := known.get(t.name)) is not None}
+    return found if len(found) == len(tensors) else None
 
 
 def _shapes_in(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
