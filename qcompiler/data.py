@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +29,9 @@ from qcompiler.samples import Array, Batch, Cuts, InputSpec, Sample, batch_of, c
 __all__ = ["PRESETS", "InputSpec", "Preprocess", "Source", "as_source", "open_source"]
 
 _KINDS = {".npy": "arrays", ".npz": "arrays", ".pb": "tensors"} | dict.fromkeys(SUFFIXES, "images")
+READERS = 2
+"""Files that are read at a time."""
+
 _ACCEPTED = "images (JPEG, PNG, BMP, WebP, GIF, TIFF), .npy, .npz or ONNX test data (input_0.pb)"
 
 
@@ -145,18 +150,22 @@ class Source:
         return self._digest
 
     def _samples(self) -> Iterator[Sample]:
+        group: list[Sample] = []
+        for item, where in _read_ahead((record, indices) for record, indices in self._parts() if indices):
+            group.append(item)
+            if len(group) == self.batch.size:
+                yield join(group, self.batch, where)
+                group = []
+
+    def _parts(self) -> Iterator[tuple[Record, list[int]]]:
+        """The records, each with the positions of the items to take from it."""
         size = self.batch.size
         wanted = [index * size + row for index in self._chosen for row in range(size)]
         start = taken = 0
-        group: list[Sample] = []
         for record, count in zip(self.records(), self._counts, strict=False):
             stop = start + count
             indices = [item - start for item in wanted[taken : bisect_left(wanted, stop)]]
-            for item in record.items(indices) if indices else ():
-                group.append(item)
-                if len(group) == size:
-                    yield join(group, self.batch, record.where)
-                    group = []
+            yield record, indices
             start, taken = stop, taken + len(indices)
             if taken == len(wanted):
                 return
@@ -164,6 +173,22 @@ class Source:
             "there was less data on a second reading; a function must return a new iterator on every call",
             "calibration data",
         )
+
+
+def _read_ahead(parts: Iterable[tuple[Record, list[int]]]) -> Iterator[tuple[Sample, str]]:
+    """The items with the places they come from, in order. Where a record gives one item, two are read at a time: images, say."""
+    ahead: deque[tuple[Future[list[Sample]], str]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for record, indices in parts:
+            if len(indices) == 1:
+                ahead.append((pool.submit(lambda r, i: list(r.items(i)), record, indices), record.where))
+            while len(ahead) > (READERS if len(indices) == 1 else 0):
+                future, where = ahead.popleft()
+                yield future.result()[0], where
+            if len(indices) > 1:
+                yield from ((item, record.where) for item in record.items(indices))
+        for future, where in ahead:
+            yield future.result()[0], where
 
 
 def open_source(
