@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Protocol, Self
@@ -87,7 +88,7 @@ class MovingAverage(MinMax):
         return min(mean, widest, key=lambda params: float(params.scale))
 
 
-class _Counting(MinMax):
+class _Counting(MinMax, ABC):
     """Counts the sampled values in bins."""
 
     def __init__(self) -> None:
@@ -112,9 +113,9 @@ class _Counting(MinMax):
         clipped = self.clipped(widest, Histogram.of(self.counts, self.low, self.high))
         return min(clipped, widest, key=lambda params: float(params.scale))
 
+    @abstractmethod
     def clipped(self, widest: QuantParams, histogram: Histogram) -> QuantParams:
         """The params of the chosen range, given those of the widest."""
-        raise NotImplementedError
 
 
 class Percentile(_Counting):

@@ -16,14 +16,14 @@ from qcompiler import ir
 from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge, judge
-from qcompiler.instrument import Dump, Operators, Reproducer, Runnable, Timing, Verify
+from qcompiler.instrument import Dump, Operators, PassTime, Reproducer, Runnable, Timing, Verify
 from qcompiler.load import input_specs, is_quantized, load_model
 from qcompiler.measure import evaluate, measure, random_samples
 from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
 from qcompiler.modes import STATIC, mode_pipeline
 from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
 from qcompiler.plugin import Registry, load_registry
-from qcompiler.report import Reached, Report, layers_of
+from qcompiler.report import Layer, Reached, Report, layers_of
 from qcompiler.snapshot import Data, Recipe
 from qcompiler.split import Split
 from qcompiler.state import CompileState, Feeds
@@ -191,34 +191,47 @@ def compile_model(
         watchers.append(reproducer)
     job.pipeline.run(job.state, watchers)
     compiled = finish(job, reproducer)
-    report = Report(
-        source=job.recipe.model,
-        path=None if target_path is None else str(target_path),
-        target=job.state.target.name,
-        emit=job.state.phase.name.lower(),
-        pipeline=str(job.pipeline),
-        layers=layers_of(job.state, operators.of),
-        bytes=(job.float_model.ByteSize(), compiled.ByteSize()),
-        notes=list(job.state.notes),
-        predicted=job.state.predicted,
-        passes=timing.passes,
-    )
-    if is_quantized(job.float_model):
-        report.original = "the quantized original"
-    samples: Sequence[Feeds] = []
-    if job.split is not None:
-        _describe_samples(report, job.split)
-        samples = job.split.held_back
-    elif compare and job.state.imported:
-        samples = random_samples(input_specs(job.float_model), job.state.imported)
-    if compare and samples:
-        measure(report, job.float_model, compiled, samples)
+    report = _report(job, compiled, layers_of(job.state, operators.of), timing.passes)
+    report.path = None if target_path is None else str(target_path)
+    if compare:
+        _compare(report, job, compiled)
     if judged is not None:
         report.score = evaluate(judged, job.float_model, compiled)
     report.reached = reached
     if target_path is not None:
         emitter.write(compiled, target_path)
     return CompileResult(compiled, report, target_path)
+
+
+def _report(job: Job, compiled: onnx.ModelProto, layers: list[Layer], passes: list[PassTime]) -> Report:
+    report = Report(
+        source=job.recipe.model,
+        path=None,
+        target=job.state.target.name,
+        emit=job.state.phase.name.lower(),
+        pipeline=str(job.pipeline),
+        layers=layers,
+        bytes=(job.float_model.ByteSize(), compiled.ByteSize()),
+        notes=list(job.state.notes),
+        predicted=job.state.predicted,
+        passes=passes,
+    )
+    if is_quantized(job.float_model):
+        report.original = "the quantized original"
+    if job.split is not None:
+        _describe_samples(report, job.split)
+    return report
+
+
+def _compare(report: Report, job: Job, compiled: onnx.ModelProto) -> None:
+    """Measure on the samples that are held back, or on random ones if a quantized model came without data."""
+    samples: Sequence[Feeds] = []
+    if job.split is not None:
+        samples = job.split.held_back
+    elif job.state.imported:
+        samples = random_samples(input_specs(job.float_model), job.state.imported)
+    if samples:
+        measure(report, job.float_model, compiled, samples)
 
 
 def _keep_for(goal: Goal, job: Job, judged: Judge | None) -> Reached:

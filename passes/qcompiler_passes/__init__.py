@@ -39,16 +39,17 @@ from qcompiler_passes.targets import TARGETS
 
 _FLOAT = (
     "normalize,fold-constants,import-quantization,recompose,normalize-pooling,fold-pad,fold-bias,fold-batchnorm,fold-bias,"
-    "normalize-gemm,fold-constants,equalize,migrate-scales,account,expand-activations,split-groups,pad-channels,fold-width,"
-    "form-blocks,annotate,place"
+    "normalize-gemm,fold-constants"
 )
+_BALANCE = "equalize,migrate-scales"
+_PLACE = "account,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
 LEVELS = {
-    "O0": f"{_FLOAT},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
-    "O1": f"{_FLOAT},calibrate,align-scales,scale-weights,{_INTEGER}",
-    "O2": f"{_FLOAT},calibrate,align-scales,scale-weights,correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},calibrate,choose-ranges,align-scales,scale-weights,round-weights,"
+    "O0": f"{_FLOAT},{_PLACE},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
+    "O1": f"{_FLOAT},{_PLACE},calibrate,align-scales,scale-weights,{_INTEGER}",
+    "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,align-scales,scale-weights,correct-bias,{_INTEGER}",
+    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,choose-ranges,align-scales,scale-weights,round-weights,"
     f"correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
