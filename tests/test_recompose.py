@@ -399,7 +399,6 @@ def test_layer_normalization_with_axes_as_input() -> None:
         ("axes = [-1]", "axes = [1]"),
         ("axes = [-1]", "axes = [2, 3]"),
         ("two", "three"),
-        ("Sub(x, m)", "Sub(m, x)"),
         ("Div(d, s)", "Div(s, d)"),
         ("Div(d, s)", "Div(x, s)"),
         ("Add(v, eps)", "Sub(v, eps)"),
@@ -408,6 +407,66 @@ def test_layer_normalization_with_axes_as_input() -> None:
 def test_not_layer_normalization(old: str, new: str) -> None:
     body = (CENTRED + SQUARE + VARIANCE + "s = Sqrt(e) y = Div(d, s)").replace(old, new)
     assert _refusals(_model(body, two=2.0, three=3.0, eps=1e-5)) == {}
+
+
+TENSORFLOW = (
+    "m = ReduceMean<axes = [-1]>(x) d = Sub(x, m) p = Mul(d, d) v = ReduceMean<axes = [-1]>(p) e = Add(v, eps) "
+    "s = Sqrt(e) r = Reciprocal(s) g = Mul(r, gamma) a = Mul(x, g) b = Mul(m, g) c = Sub(beta, b) y = Add(a, c)"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ("Add(a, c)", "Add(c, a)"),
+        ("Mul(r, gamma) a = Mul(x, g) b = Mul(m, g)", "Mul(gamma, r) a = Mul(g, x) b = Mul(g, m)"),
+        ("r = Reciprocal(s)", "r = Div(one, s)"),
+        ("g = Mul(r, gamma) a = Mul(x, g) b = Mul(m, g)", "a = Mul(x, r) b = Mul(m, r)"),
+    ],
+)
+def test_layer_normalization_as_tensorflow_writes_it(old: str, new: str) -> None:
+    model = _model(TENSORFLOW.replace(old, new), eps=1e-3, one=1.0, gamma=GAMMA, beta=BETA)
+    after, _ = _check(model, ["LayerNormalization"])
+    assert len(after.graph.node[0].input) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Sub(beta, b)", "Sub(b, beta)"), ("Mul(m, g)", "Mul(m, r)"), ("Mul(x, g)", "Mul(d, g)")],
+)
+def test_not_layer_normalization_of_tensorflow(old: str, new: str) -> None:
+    assert _refusals(_model(TENSORFLOW.replace(old, new), eps=1e-3, gamma=GAMMA, beta=BETA)) == {}
+
+
+def test_constants_of_tensorflow_along_other_axes_stay() -> None:
+    model = _model(TENSORFLOW, eps=1e-3, gamma=np.ones((4, 8)), beta=BETA)
+    assert _refusals(model) == {"n11": "the scale is not one number per element of the last axis: n11"}
+
+
+ROOT_MEAN_SQUARE = "p = Pow(x, two) m = ReduceMean(p, last) e = Add(m, eps) s = Sqrt(e) "
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "z = Div(x, s) y = Mul(z, gamma)",
+        "r = Reciprocal(s) z = Mul(x, r) y = Mul(gamma, z)",
+        "r = Div(one, s) z = Mul(r, x) y = Mul(z, gamma)",
+    ],
+)
+def test_rms_normalization(tail: str) -> None:
+    constants = {"two": 2.0, "one": 1.0, "eps": 1e-3, "gamma": GAMMA, "last": np.array([-1])}
+    after, _ = _check(_model(ROOT_MEAN_SQUARE + tail, opset=23, **constants), ["RMSNormalization"])
+    np.testing.assert_allclose(onnx.numpy_helper.to_array(after.graph.initializer[0]), GAMMA, rtol=1e-6)
+    refusals = _refusals(_model(ROOT_MEAN_SQUARE + tail, opset=22, **constants))
+    assert [r.split(":")[0] for r in refusals.values()] == ["RMSNormalization needs opset 23"]
+
+
+@pytest.mark.parametrize("tail", ["z = Div(s, x) y = Add(z, gamma)", "z = Div(p, s) y = Mul(z, gamma)"])
+def test_not_rms_normalization(tail: str) -> None:
+    constants = {"two": 2.0, "eps": 1e-3, "gamma": GAMMA, "last": np.array([-1])}
+    assert _refusals(_model(ROOT_MEAN_SQUARE + tail, opset=23, **constants)) == {}
 
 
 def test_layer_normalization_needs_opset_and_width() -> None:

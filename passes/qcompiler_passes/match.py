@@ -65,6 +65,15 @@ def scalar_operand(node: Node, index: int) -> float | None:
     return float(array.reshape(-1)[0])
 
 
+def squared(tensor: Tensor) -> Tensor | None:
+    """t, if the tensor is t * t."""
+    node = ir.producer(tensor)
+    if node is None or node.domain or len(node.inputs) != 2:
+        return None
+    is_square = node.op == "Mul" and node.inputs[0] is node.inputs[1]
+    return node.inputs[0] if is_square or (node.op == "Pow" and scalar_operand(node, 1) == 2) else None
+
+
 def polynomial(tensor: Tensor, of: Tensor, nodes: list[Node], depth: int = _MAX_DEPTH) -> Polynomial | None:
     """The tensor as a polynomial of degree 3 or less of another one; None if it is not computed so.
 

@@ -14,7 +14,7 @@ from qcompiler.ir import Node
 from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.form_blocks import activation_bounds
-from qcompiler_passes.match import reduced_axes, static_axis
+from qcompiler_passes.match import reduced_axes, squared, static_axis
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def spatial_mean(rewriter: Rewriter, node: Node) -> Refusal | None:
         return Refusal("the rank or the axes are not known", x.name)
     if not 3 <= len(shape) <= 5 or axes != tuple(range(2, len(shape))):
         return Refusal(f"it reduces axes {list(axes)} of {len(shape)}, not just all of space", node.name)
+    if squared(x) is not None:
+        return Refusal("it is a mean of squares, part of a normalization for which there are kernels", x.name)
     if refusal := _not_float32(node):
         return refusal
     if node.attrs.get("keepdims", 1):

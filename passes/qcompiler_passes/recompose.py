@@ -26,15 +26,16 @@ from qcompiler_passes.match import (
     scalar_operand,
     source,
 )
-from qcompiler_passes.recompose_layers import channel_shuffle, fold_affine, layer_normalization, softmax
+from qcompiler_passes.recompose_layers import channel_shuffle, softmax
+from qcompiler_passes.recompose_norms import fold_affine, layer_normalization, rms_normalization, shifted_normalization
 
 
 @dataclass(frozen=True)
 class Recompose:
     """Find activations, normalizations and channel shuffles in their primitive form.
 
-    Makes Relu, Clip, LeakyRelu, HardSigmoid, HardSwish, Gelu, LayerNormalization and Softmax; QuickGelu and a Gather of
-    channels where the target asks for them. Operators that the model's opset lacks are not made.
+    Makes Relu, Clip, LeakyRelu, HardSigmoid, HardSwish, Gelu, LayerNormalization, RMSNormalization and Softmax; QuickGelu and a
+    Gather of channels where the target asks for them. Operators that the model's opset lacks are not made.
     """
 
     name: ClassVar[str] = "recompose"
@@ -253,9 +254,9 @@ RULES: dict[str, Rule] = {
     "Min": clamp,
     "Max": first_of(clamp, leaky_relu),
     "PRelu": single_slope,
-    "Mul": first_of(gated, hard_sigmoid, fold_affine, layer_normalization),
-    "Div": first_of(gated, hard_sigmoid, layer_normalization, softmax),
-    "Add": fold_affine,
+    "Mul": first_of(gated, hard_sigmoid, fold_affine, layer_normalization, rms_normalization),
+    "Div": first_of(gated, hard_sigmoid, layer_normalization, rms_normalization, softmax),
+    "Add": first_of(fold_affine, shifted_normalization),
     "Reshape": channel_shuffle,
     "Gather": channel_shuffle,
 }

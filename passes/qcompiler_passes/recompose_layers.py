@@ -1,4 +1,4 @@
-"""The rules of `recompose` for patterns that span axes: LayerNormalization, Softmax, channel shuffle."""
+"""The rules of `recompose` for patterns that span axes: Softmax, channel shuffle."""
 
 from __future__ import annotations
 
@@ -10,113 +10,7 @@ from numpy.typing import NDArray
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor
 from qcompiler.rewrite import Refusal, Rewriter
-from qcompiler_passes.match import NO_MATCH, collapse, made_by, reduced_axes, scalar_operand, static_axis
-
-
-def layer_normalization(rewriter: Rewriter, node: Node) -> Refusal | None:
-    """(x - mean) / Sqrt(variance + epsilon) over the last axis -> LayerNormalization with a scale of ones."""
-    for centred, other in (node.inputs, node.inputs[::-1]) if len(node.inputs) == 2 else ():
-        nodes: list[Node] = []
-        x = _centred(centred, nodes)
-        found = None if x is None else _variance(_radicand(node, other, nodes), x, nodes)
-        if x is None or found is None:
-            continue
-        width = static_axis(x, -1)
-        if rewriter.state.graph.opset < 17:
-            return Refusal("LayerNormalization needs opset 17", node.name)
-        if width is None:
-            return Refusal("the length of the last axis is not static", x.name)
-        scale = rewriter.constant("scale", np.ones(width, np.float32))
-        return collapse(rewriter, node, nodes, "LayerNormalization", [x, scale], axis=-1, epsilon=found)
-    return NO_MATCH
-
-
-def _centred(tensor: Tensor, nodes: list[Node]) -> Tensor | None:
-    """x, if the tensor is x - ReduceMean(x) over the last axis."""
-    sub = made_by(tensor, "Sub")
-    mean = None if sub is None else _last_axis_mean(sub.inputs[1])
-    if sub is None or mean is None or mean.inputs[0] is not sub.inputs[0]:
-        return None
-    nodes += [sub, mean]
-    return sub.inputs[0]
-
-
-def _last_axis_mean(tensor: Tensor) -> Node | None:
-    node = made_by(tensor, "ReduceMean")
-    if node is None or not node.attrs.get("keepdims", 1):
-        return None
-    shape = ir.shape(node.inputs[0])
-    return node if shape is not None and reduced_axes(node) == (len(shape) - 1,) else None
-
-
-def _radicand(node: Node, tensor: Tensor, nodes: list[Node]) -> Tensor | None:
-    """r, if the node divides by the square root of r: `node` is a Div or Mul, `tensor` its other operand."""
-    if node.op == "Mul":
-        reciprocal = made_by(tensor, "Reciprocal")
-        if reciprocal is not None:
-            nodes.append(reciprocal)
-            tensor = reciprocal.inputs[0]
-        else:
-            inverse = made_by(tensor, "Div")
-            if inverse is None or scalar_operand(inverse, 0) != 1:
-                return None
-            nodes.append(inverse)
-            tensor = inverse.inputs[1]
-    elif node.inputs[1] is not tensor:
-        return None
-    root = made_by(tensor, "Sqrt")
-    if root is None:
-        root = made_by(tensor, "Pow")
-        if root is None or scalar_operand(root, 1) != 0.5:
-            return None
-    nodes.append(root)
-    return root.inputs[0]
-
-
-def _variance(tensor: Tensor | None, x: Tensor, nodes: list[Node]) -> float | None:
-    """Epsilon, if the tensor is the variance of x plus epsilon."""
-    add = None if tensor is None else made_by(tensor, "Add")
-    if add is None:
-        return None
-    for index in (0, 1):
-        epsilon, mean = scalar_operand(add, index), _last_axis_mean(add.inputs[1 - index])
-        square = None if mean is None else ir.producer(mean.inputs[0])
-        if epsilon is None or mean is None or square is None or square.domain:
-            continue
-        squared = square.op == "Pow" and scalar_operand(square, 1) == 2
-        if not squared and not (square.op == "Mul" and square.inputs[0] is square.inputs[1]):
-            continue
-        if _centred(square.inputs[0], nodes) is x:
-            nodes += [add, mean, square]
-            return epsilon
-    return None
-
-
-def fold_affine(rewriter: Rewriter, node: Node) -> Refusal | None:
-    """LayerNormalization, then Mul by or Add of a constant per element of the last axis -> its scale and bias."""
-    for index in (0, 1):
-        norm, array = made_by(node.inputs[index], "LayerNormalization"), ir.value(node.inputs[1 - index])
-        if norm is None or array is None:
-            continue
-        constants = [ir.value(t) for t in norm.inputs[1:] if not t.is_empty()]
-        scale, bias = (*constants, None)[:2]
-        shape = ir.shape(norm.inputs[0])
-        if node.op not in {"Mul", "Add"} or scale is None or (bias is None and len(constants) > 1):
-            return NO_MATCH
-        if shape is None or array.ndim > len(shape) or array.size not in {1, scale.size} or scale.ndim != 1:
-            return Refusal("the constant is not one number per element of the last axis", node.inputs[1 - index].name)
-        if array.size != 1 and array.shape[-1] != array.size:
-            return Refusal("the constant runs along another axis", node.inputs[1 - index].name)
-        if len([t for t in norm.outputs if not t.is_empty()]) > 1:
-            return Refusal("the mean or the variance is an output", norm.name)
-        bias = np.zeros_like(scale) if bias is None else bias
-        flat = array.reshape(-1)
-        folded = (
-            {"scale": scale * flat, "bias": bias * flat} if node.op == "Mul" else {"scale": scale, "bias": bias + flat}
-        )
-        inputs = [norm.inputs[0], *(rewriter.constant(k, v) for k, v in folded.items() if k == "scale" or np.any(v))]
-        return collapse(rewriter, node, [norm], "LayerNormalization", inputs, **norm.attrs)
-    return NO_MATCH
+from qcompiler_passes.match import NO_MATCH, collapse, made_by, reduced_axes, static_axis
 
 
 def softmax(rewriter: Rewriter, node: Node) -> Refusal | None:
