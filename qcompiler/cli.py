@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 import click
 
-from qcompiler import __version__
+from qcompiler import __version__, supervise
 from qcompiler.commands import COMMANDS
-from qcompiler.errors import UserError
-from qcompiler.options import FORMATTING
-
-EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPT = 2, 70, 130
+from qcompiler.errors import EXIT_INTERNAL, EXIT_INTERRUPT, EXIT_USER, UserError
+from qcompiler.options import FORMATTING, LIMITS
 
 EPILOG = """\b
 Examples:
@@ -25,7 +22,7 @@ Examples:
 
 
 DEBUG = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks of errors.")
-"""An option of every command."""
+"""An option of every command, as are the limits."""
 
 
 class LazyGroup(click.Group):
@@ -43,7 +40,7 @@ class LazyGroup(click.Group):
         command = module.command
         assert isinstance(command, click.Command)
         if not any(parameter.name == DEBUG.name for parameter in command.params):
-            command.params.append(DEBUG)
+            command.params += [*LIMITS, DEBUG]
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -64,12 +61,12 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 2 the user's error, 70 ours, 130 interrupted."""
+    """Run the command in a process of its own and exit: 0 done, 2 the user's error, 70 ours, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(_run(arguments))
+    code = supervise.start("--debug" in arguments)
+    sys.exit(_run(arguments) if code is None else code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -88,8 +85,15 @@ def _run(arguments: list[str]) -> int:
         if isinstance(error, UserError):
             click.echo(f"error: {error}", err=True)
             return EXIT_USER
-        text = " ".join(str(error).split())[:500] or type(error).__name__
+        if isinstance(error, MemoryError):
+            click.echo(f"error: not enough memory: {_line(error)}", err=True)
+            return EXIT_USER
         notes = [note for e in (error, error.__cause__) for note in getattr(e, "__notes__", ())]
         hint = "; ".join(notes) or "run again with --debug for the traceback"
-        click.echo(f"internal error: {text} ({hint})", err=True)
+        click.echo(f"internal error: {_line(error)} ({hint})", err=True)
         return EXIT_INTERNAL
+
+
+def _line(error: Exception) -> str:
+    """The message of an exception in one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import external_data_helper
 
-from qcompiler import __version__, ir, runtime
+from qcompiler import __version__, ir, runtime, supervise
 from qcompiler.errors import UserError
 from qcompiler.load import check_structure
 from qcompiler.state import CompileState
@@ -77,6 +76,7 @@ def _counterparts(state: CompileState, tensors: dict[str, list[Any]]) -> dict[st
 
 def check(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """Raise EmitError unless the model is valid, loads in ONNX Runtime, and has the inputs and outputs of `source`."""
+    supervise.doing("while checking the compiled model", ours=True)
     if [_signature(v) for v in model.graph.input] != [_signature(v) for v in source.graph.input]:
         raise EmitError("the inputs of the compiled model differ from those of the float model")
     if [_signature(v) for v in model.graph.output] != [_signature(v) for v in source.graph.output]:
@@ -117,8 +117,8 @@ def write(model: onnx.ModelProto, path: Path, limit: int = EXTERNAL_LIMIT) -> No
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".qcompiler-") as folder:
-            draft, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
+        with supervise.scratch(path.parent) as folder:
+            draft, data = folder / path.name, folder / f"{path.name}.data"
             if model.ByteSize() > limit:
                 model = _with_external_data(model, data)
             draft.write_bytes(model.SerializeToString(deterministic=True))

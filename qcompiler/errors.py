@@ -1,4 +1,6 @@
-"""The one exception class for errors that the user can mend."""
+"""The one exception class for errors that the user can mend, and exit codes."""
+
+EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPT = 2, 70, 130
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import inliner, numpy_helper
 
-from qcompiler import functions, qonnx, runtime
+from qcompiler import exports, functions, qonnx, runtime, supervise
 from qcompiler.errors import UserError
 from qcompiler.external import MAX_BYTES, graphs, load_external_data, refuse_unloaded
 from qcompiler.samples import InputSpec
@@ -48,6 +48,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     """
     if isinstance(source, onnx.ModelProto):
         where, model = "model", onnx.ModelProto()
+        supervise.doing("while loading the model")
         model.CopyFrom(source)
         refuse_unloaded(model)
     else:
@@ -59,6 +60,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if model.functions:
         _check_functions(model, where)
     _make_initializers_constant(model)
+    exports.make_scalars(model)
     try:
         check_structure(model)
     except Exception as error:
@@ -72,6 +74,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         runtime.session(model)
     except Exception as error:
         raise UserError(brief(error), where) from error
+    supervise.doing("after loading the model")
     return model
 
 
@@ -108,13 +111,14 @@ def brief(error: Exception) -> str:
 
 def read_model(path: Path) -> onnx.ModelProto:
     """The model in a file with all of its data; nothing else is checked. Raises UserError if it is missing or damaged."""
-    model = _parse(path)
+    data = _read(path)
+    supervise.doing("while loading the model", str(path), seconds=supervise.LOADING_SECONDS + len(data) / 1e6)
+    model = _parse(data, path)
     load_external_data(model, path)
     return model
 
 
-def _parse(path: Path) -> onnx.ModelProto:
-    data = _read(path)
+def _parse(data: bytes, path: Path) -> onnx.ModelProto:
     if not data:
         raise UserError("the file is empty", str(path))
     for magic, kind in _MAGIC.items():

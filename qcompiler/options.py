@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qcompiler import supervise
 from qcompiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +41,48 @@ def size(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[
     if len(parts) > 2:
         raise click.BadParameter(f"{text!r} is not a size such as 224 or 240x320 (height x width)")
     return (parts[0], parts[-1]) if parts else None
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _limit_memory(ctx: click.Context, param: click.Parameter, text: str | None) -> None:
+    """Parse `8GB`, `500M` or a number of bytes, and tell the process that watches."""
+    if text is None:
+        return
+    match = re.fullmatch(r"([\d.]+) *([kmgt]?)b?", text.strip().lower())
+    try:
+        memory = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    except ValueError:
+        memory = 0
+    if not memory:
+        raise click.BadParameter(f"{text!r} is not an amount of memory such as 8GB or 500MB")
+    supervise.limit(memory=memory)
+
+
+def _limit_time(ctx: click.Context, param: click.Parameter, seconds: float | None) -> None:
+    if seconds is not None:
+        supervise.limit(seconds=seconds)
+
+
+LIMITS = (
+    click.Option(
+        ["--time-limit"],
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        callback=_limit_time,
+        expose_value=False,
+        help="Give up after so long.",
+    ),
+    click.Option(
+        ["--memory-limit"],
+        metavar="SIZE",
+        callback=_limit_memory,
+        expose_value=False,
+        help="Give up rather than take more memory, such as 8GB.  [default: 90 % of the machine's]",
+    ),
+)
+"""Options of every command, which bound its process."""
 
 
 def _integer(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, get_type_hints
 
+from qcompiler import supervise
 from qcompiler.errors import UserError
 from qcompiler.state import CompileState, Phase
 
@@ -81,12 +82,15 @@ class Pipeline:
         for instrument in instruments:
             instrument.before(stage, state)
         state.refusals = {}
+        supervise.doing(f"in pass {stage.name}")
         try:
             count = stage.run(state)
             if stage.establishes is not None:
                 state.phase = max(state.phase, stage.establishes)
             for instrument in instruments:
                 instrument.after(stage, state, count)
+        except MemoryError as error:
+            raise UserError(f"not enough memory: {error}", f"pass {stage.name}") from error
         except Exception as error:
             for instrument in instruments:
                 instrument.failed(stage, state, error)

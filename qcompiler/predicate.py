@@ -6,15 +6,13 @@ import ast
 import operator
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
 
-from qcompiler import emit, runtime
+from qcompiler import emit, runtime, supervise
 from qcompiler.difference import OutputDifference
 from qcompiler.errors import UserError
 from qcompiler.state import Feeds
@@ -142,8 +140,8 @@ class CommandFails:
 
     def __call__(self, model: onnx.ModelProto) -> str | None:
         """The exit code unless it is 0."""
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-            path = Path(folder, "model.onnx")
+        with supervise.scratch() as folder:
+            path = folder / "model.onnx"
             emit.write(model, path)
             words = [word.replace("{model}", str(path)) for word in shlex.split(self.command)]
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import onnx
 
-from qcompiler import runtime
+from qcompiler import runtime, supervise
 from qcompiler.external import graphs
 from qcompiler.runtime import Feeds
 
@@ -51,8 +50,8 @@ def profile(models: Sequence[onnx.ModelProto], feeds: Feeds, seconds: float = 2.
     The time of a node is the least over all runs but the first: other programs can only make it longer. Raises OSError if the
     temporary folder cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        runners = [runtime.session(_tagged(model), profile=Path(folder, str(i))) for i, model in enumerate(models)]
+    with supervise.scratch() as folder:
+        runners = [runtime.session(_tagged(model), profile=folder / str(i)) for i, model in enumerate(models)]
         runs, end = 0, time.perf_counter() + seconds
         while runs < MIN_RUNS or (runs < MAX_RUNS and time.perf_counter() < end):
             for runner in runners:

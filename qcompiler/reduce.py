@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from qcompiler import emit, ir, runtime
+from qcompiler import emit, ir, runtime, supervise
 from qcompiler.compile import CompileOptions, finish, prepare
 from qcompiler.data import as_source
 from qcompiler.errors import UserError
@@ -82,9 +81,9 @@ class CommandExits:
 
     def __call__(self, model: onnx.ModelProto, samples: Sequence[Feeds]) -> str | None:
         """The exit code unless it is 0."""
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-            write_samples(samples, Path(folder))
-            return CommandFails(self.command.replace("{calib}", shlex.quote(folder)))(model)
+        with supervise.scratch() as folder:
+            write_samples(samples, folder)
+            return CommandFails(self.command.replace("{calib}", shlex.quote(str(folder))))(model)
 
 
 def _compiled(model: onnx.ModelProto, samples: Sequence[Feeds], options: CompileOptions) -> onnx.ModelProto:

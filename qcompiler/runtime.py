@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import external_data_helper
 
+from qcompiler import supervise
 from qcompiler.errors import UserError
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -114,12 +114,12 @@ def _open(model: bytes | Path, options: Any, disabled: Sequence[str]) -> Session
 
 def _through_file(model: onnx.ModelProto, options: Any, disabled: Sequence[str]) -> Session:
     """A session on a copy with external data; ONNX Runtime keeps the files open after they lose their names."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+    with supervise.scratch() as folder:
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
         external_data_helper.convert_model_to_external_data(copy, location="weights")
-        external_data_helper.write_external_data_tensors(copy, folder)
-        path = Path(folder, "model.onnx")
+        external_data_helper.write_external_data_tensors(copy, str(folder))
+        path = folder / "model.onnx"
         path.write_bytes(copy.SerializeToString())
         del copy
         return _open(path, options, disabled)
@@ -156,8 +156,8 @@ def _message(error: Exception) -> str:
 
 def optimized(model: onnx.ModelProto | bytes | Path) -> onnx.ModelProto:
     """The graph that ONNX Runtime makes of a model on this machine, without its large constants."""
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        path = Path(folder, "optimized.onnx")
+    with supervise.scratch() as folder:
+        path = folder / "optimized.onnx"
         session(model, optimized=path)
         return onnx.load(path, load_external_data=False)
 
