@@ -1,0 +1,52 @@
+"""Transformers as exporters write them, through the whole compiler."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+
+from qcompiler import compile_model
+from tests.support import ops_of, run
+from tests.swin import swin_model, swin_reference, swin_weights
+
+SWIN = swin_weights()
+
+
+def images(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.normal(size=(1, 3, 16, 16)).astype(np.float32)} for _ in range(count)]
+
+
+def sqnr(model: onnx.ModelProto, compiled: onnx.ModelProto, samples: list[dict[str, np.ndarray]]) -> float:
+    """How far the first output is from that of the float model, in dB."""
+    wanted = np.stack([run(model, feeds)[0] for feeds in samples])
+    noise = np.stack([run(compiled, feeds, optimize=True)[0] for feeds in samples]) - wanted
+    return float(10 * np.log10((wanted**2).sum() / (noise**2).sum()))
+
+
+def test_the_exported_swin_is_the_described_one() -> None:
+    model = swin_model(SWIN)
+    onnx.checker.check_model(model, full_check=True)
+    for feeds in images(3):
+        np.testing.assert_allclose(run(model, feeds)[0], swin_reference(feeds["x"], SWIN), rtol=1e-4, atol=1e-5)
+
+
+def test_swin_on_ort_cpu() -> None:
+    model = swin_model(SWIN)
+    forms = {
+        form: compile_model(model, images(16, 1), emit=form, optimize="size", compare=False).model
+        for form in ("kernels", "integer", "qdq")
+    }
+    counts = Counter(ops_of(forms["kernels"]))
+    assert (counts["LayerNormalization"], counts["Gelu"], counts["Softmax"]) == (9, 3, 3)
+    assert not {"ReduceMean", "Pow", "Erf"} & set(counts)
+    assert counts["QGemm"] + counts["MatMulIntegerToFloat"] == 14
+    assert counts["MatMul"] == 6  # both of each attention: their factors are activations
+    samples = images(8, 2)
+    assert sqnr(model, forms["kernels"], samples) > 25
+    for feeds in samples[:2]:
+        first, *others = (run(form, feeds, optimize=True)[0] for form in forms.values())
+        for other in others:
+            np.testing.assert_array_equal(first, other)
