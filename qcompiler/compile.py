@@ -14,6 +14,7 @@ import onnx
 from qcompiler import emit as emitter
 from qcompiler import ir
 from qcompiler.data import Preprocess, as_source
+from qcompiler.detached import total_bytes
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge, judge
 from qcompiler.instrument import Dump, Operators, PassTime, Reproducer, Runnable, Timing, Verify
@@ -211,7 +212,7 @@ def _report(job: Job, compiled: onnx.ModelProto, layers: list[Layer], passes: li
         emit=job.state.phase.name.lower(),
         pipeline=str(job.pipeline),
         layers=layers,
-        bytes=(job.float_model.ByteSize(), compiled.ByteSize()),
+        bytes=(total_bytes(job.float_model), total_bytes(compiled)),
         notes=list(job.state.notes),
         predicted=job.state.predicted,
         passes=passes,

@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import external_data_helper
 
-from qcompiler import __version__, ir, runtime, supervise
+from qcompiler import __version__, detached, ir, runtime, supervise
 from qcompiler.errors import UserError
+from qcompiler.external import data_files
 from qcompiler.load import check_structure
 from qcompiler.state import CompileState
-
-EXTERNAL_LIMIT = 1_800_000_000
-"""Bytes above which the data goes to a file beside the model; protobuf ends at 2 GiB."""
 
 
 class EmitError(Exception):
@@ -100,6 +97,9 @@ def check_path(path: Path, source: Path | None) -> None:
             raise UserError("the output is a folder; give a file name", where)
         if source is not None and path.exists() and path.samefile(source):
             raise UserError("the output would overwrite the input model", where)
+        data = path.with_name(f"{path.name}.data")
+        if source is not None and data.exists() and any(data.samefile(f) for f in data_files(source) if f.exists()):
+            raise UserError("the output would overwrite the data of the input model", str(data))
         folder = next(p for p in path.absolute().parents if p.exists())
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder", where)
@@ -109,28 +109,39 @@ def check_path(path: Path, source: Path | None) -> None:
         raise UserError(f"cannot write there: {error.strerror}", where) from error
 
 
-def write(model: onnx.ModelProto, path: Path, limit: int = EXTERNAL_LIMIT) -> None:
-    """Write the model; above `limit` bytes its data goes to `path` + `.data`. The same model gives the same bytes.
+def write(model: onnx.ModelProto, path: Path, limit: int | None = None) -> None:
+    """Write the model; above `limit` bytes, by default what fits one file, its data goes to `path` + `.data`.
 
-    Both files are complete before they get their names, so that a failure leaves an older output as it was.
-    Raises UserError if the disk refuses.
+    The same model gives the same bytes. Both files are complete before they get their names, so that a failure leaves an older
+    output as it was. Weights that were detached from the model are then those of the file. Raises UserError if the disk refuses.
     """
+    supervise.doing("while writing the model", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with supervise.scratch(path.parent) as folder:
             draft, data = folder / path.name, folder / f"{path.name}.data"
-            if model.ByteSize() > limit:
-                model = _with_external_data(model, data)
-            draft.write_bytes(model.SerializeToString(deterministic=True))
-            for file in (data, draft) if data.exists() else (draft,):
-                file.replace(path.parent / file.name)
+            written = model
+            if detached.of(model) or model.ByteSize() > (detached.MODEL_LIMIT if limit is None else limit):
+                written = detached.write(model, data)
+            draft.write_bytes(written.SerializeToString(deterministic=True))
+            _install([file for file in (data, draft) if file.exists()], path.parent)
+        if written is not model:
+            detached.settle(model, written, path.parent)
     except OSError as error:
         raise UserError(f"cannot write the model: {error.strerror or error}", str(path)) from error
 
 
-def _with_external_data(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    external_data_helper.convert_model_to_external_data(copy, location=data.name)
-    external_data_helper.write_external_data_tensors(copy, str(data.parent))
-    return copy
+def _install(drafts: list[Path], folder: Path) -> None:
+    """Give complete files their names, in order; if one cannot get its name, the others get back what they replaced."""
+    kept: list[tuple[Path, Path]] = []
+    try:
+        for draft in drafts:
+            place, old = folder / draft.name, draft.with_name(f"{draft.name}.old")
+            if draft is not drafts[-1] and place.exists():
+                place.replace(old)
+                kept.append((old, place))
+            draft.replace(place)
+    except BaseException:
+        for old, place in kept:
+            old.replace(place)
+        raise

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from onnx import external_data_helper
 
+from qcompiler import detached
 from qcompiler.errors import UserError
 
 MAX_BYTES = 2**31 - 1
@@ -48,14 +51,47 @@ def refuse_unloaded(model: onnx.ModelProto) -> None:
 
 
 def load_external_data(model: onnx.ModelProto, path: Path) -> None:
-    """Bring all external tensors into the model that was read from `path`.
+    """Bring all external tensors into the model that was read from `path`; the large ones of a model over 2 GB stay outside.
 
-    Raises UserError for data that is missing, not in the model's folder, shorter than it says, or larger than 2 GB in all.
+    Those refer to their file by its absolute path; see `detached`. Raises UserError for data that is missing, not in the
+    model's folder, shorter than it says, or more than can be brought in.
     """
-    total = model.ByteSize()
-    for tensor in _tensors(model):
-        if not external_data_helper.uses_external_data(tensor):
+    found = [_Data.find(tensor, path) for tensor in _tensors(model) if external_data_helper.uses_external_data(tensor)]
+    held = model.ByteSize()
+    is_large = held + sum(data.length for data in found) > detached.MODEL_LIMIT
+    initializers = {id(tensor) for tensor in model.graph.initializer}
+    for data in found:
+        if is_large and id(data.tensor) in initializers and data.can_be_mapped:
+            detached.point(data.tensor, str(data.file), data.offset, data.length)
             continue
+        held += data.length
+        if held > MAX_BYTES:
+            raise UserError("the model has more than 2 GB in small or unusual tensors", str(path))
+        data.bring_in()
+
+
+def data_files(path: Path) -> set[Path]:
+    """The files with external data of the model in a file; none if it cannot be read."""
+    try:
+        tensors = list(_tensors(onnx.load(path, load_external_data=False)))
+    except Exception:  # whoever loads it will say why
+        return set()
+    entries = (entry for tensor in tensors for entry in tensor.external_data if entry.key == "location")
+    return {path.parent / entry.value for entry in entries}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Where the data of a tensor is."""
+
+    tensor: onnx.TensorProto
+    file: Path
+    offset: int
+    length: int
+
+    @classmethod
+    def find(cls, tensor: onnx.TensorProto, path: Path) -> _Data:
+        """Resolve and check what an external tensor of the model at `path` says."""
         where = f"{path}: tensor '{tensor.name}'"
         info = {entry.key: entry.value for entry in tensor.external_data}
         file = _external_file(path, info.get("location", ""), where)
@@ -67,14 +103,23 @@ def load_external_data(model: onnx.ModelProto, path: Path) -> None:
             raise UserError("the offset or length of its external data is not a number", where) from None
         if offset < 0 or length < 0 or offset + length > size:
             raise UserError(f"its external data lies outside the {size} bytes of {file.name}", where)
-        total += length
-        if total > MAX_BYTES:
-            raise UserError("the model and its external data are larger than 2 GB", str(path))
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            tensor.raw_data = stream.read(length)
-        tensor.ClearField("external_data")
-        tensor.data_location = onnx.TensorProto.DEFAULT
+        return cls(tensor, file, offset, length)
+
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether the tensor is large, and its bytes are those of an array."""
+        if self.length < detached.LARGE or min(self.tensor.dims, default=0) < 0:
+            return False
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.tensor.data_type)
+        return dtype.isbuiltin == 1 and math.prod(self.tensor.dims) * dtype.itemsize == self.length
+
+    def bring_in(self) -> None:
+        """Read the data into the tensor."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            self.tensor.raw_data = stream.read(self.length)
+        self.tensor.ClearField("external_data")
+        self.tensor.data_location = onnx.TensorProto.DEFAULT
 
 
 def _external_file(model: Path, location: str, where: str) -> Path:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from qcompiler import functions
+from qcompiler import detached, functions
 
 Graph = gs.Graph
 Node = gs.Node
@@ -33,6 +35,7 @@ CONTRIB_DOMAIN = "com.microsoft"
 def from_proto(model: onnx.ModelProto) -> Graph:
     """Import a model. qcompiler's own functions are left out: `to_proto` adds those that are used."""
     graph = gs.import_onnx(model)
+    _attach_weights(graph)
     graph.functions = [f for f in graph.functions if f.domain != functions.DOMAIN]
     return graph
 
@@ -40,13 +43,39 @@ def from_proto(model: onnx.ModelProto) -> Graph:
 def to_proto(graph: Graph, metadata: dict[str, str] | None = None) -> onnx.ModelProto:
     """Export a graph with the functions that it calls and the model metadata."""
     graph.import_domains = _import_domains(graph)
-    model = gs.export_onnx(graph, do_type_check=False)
+    with _detached_weights(graph):
+        model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = IR_VERSION
     called = {n.op for g in all_graphs(graph) for n in g.nodes if n.domain == functions.DOMAIN}
     model.functions.extend(functions.proto(name, graph.opset) for name in sorted(called))
     for key, value in sorted((metadata or {}).items()):
         model.metadata_props.add(key=key, value=value)
     return model
+
+
+def _attach_weights(graph: Graph) -> None:
+    """Let the constants whose data is beside the proto hold those arrays themselves."""
+    for tensor in tensors(graph):
+        lazy = tensor._values if isinstance(tensor, gs.Constant) else None
+        if isinstance(lazy, LazyValues) and detached.is_detached(lazy.tensor):
+            tensor.values, tensor.data_location = detached.array_of(lazy.tensor), None
+
+
+@contextmanager
+def _detached_weights(graph: Graph) -> Iterator[None]:
+    """While a model that is too large for a proto is exported, its large constants are references."""
+    constants = [t for t in tensors(graph) if isinstance(t, gs.Constant)]
+    large = [t for t in constants if isinstance(t._values, np.ndarray) and t._values.nbytes >= detached.LARGE]
+    if not detached.exceeds(t._values for t in constants):
+        large = []
+    arrays = [np.ascontiguousarray(t.values) for t in large]
+    try:
+        for tensor, array in zip(large, arrays, strict=True):
+            tensor.values = LazyValues(detached.refer(tensor.name, array))
+        yield
+    finally:
+        for tensor, array in zip(large, arrays, strict=True):
+            tensor.values = array
 
 
 def _import_domains(graph: Graph) -> list[onnx.OperatorSetIdProto]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import inliner, numpy_helper
 
-from qcompiler import exports, functions, qonnx, runtime, supervise
+from qcompiler import detached, exports, functions, qonnx, runtime, supervise
 from qcompiler.errors import UserError
 from qcompiler.external import MAX_BYTES, graphs, load_external_data, refuse_unloaded
 from qcompiler.samples import InputSpec
@@ -49,7 +49,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(source, onnx.ModelProto):
         where, model = "model", onnx.ModelProto()
         supervise.doing("while loading the model")
-        model.CopyFrom(source)
+        _copy(source, model)
         refuse_unloaded(model)
     else:
         where = str(source)
@@ -76,6 +76,13 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         raise UserError(brief(error), where) from error
     supervise.doing("after loading the model")
     return model
+
+
+def _copy(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
+    try:
+        target.CopyFrom(source)
+    except Exception as error:
+        raise UserError("larger than 2 GB; save it with external data and give its path", "model") from error
 
 
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
@@ -250,6 +257,7 @@ def _make_dense(model: onnx.ModelProto, where: str) -> None:
 
 def check_structure(model: onnx.ModelProto) -> None:
     """Run the ONNX checker; unlike it, let inputs and outputs be of unknown rank, as ONNX Runtime does."""
+    model = detached.without_weights(model)
     values = (*model.graph.input, *model.graph.output)
     kinds = [v.type.tensor_type for v in values if v.type.HasField("tensor_type")]
     unranked = [kind for kind in kinds if not kind.HasField("shape")]

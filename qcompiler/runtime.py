@@ -19,16 +19,12 @@ from typing import Any, TypeAlias
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import external_data_helper
 
-from qcompiler import supervise
+from qcompiler import detached, supervise
 from qcompiler.errors import UserError
 
 Feeds = Mapping[str, NDArray[Any]]
 Session: TypeAlias = ort.InferenceSession
-
-IN_MEMORY_LIMIT = 1_800_000_000
-"""Bytes above which a model goes through a file; protobuf ends at 2 GiB."""
 
 WORKERS = min(2, os.cpu_count() or 1)
 """Threads that run samples side by side where there are many; each needs memory of its own."""
@@ -78,12 +74,13 @@ def session(
         options.profile_file_prefix = str(profile)
     disabled = ["WeightBiasQuantization"] if keep_float else []
     if isinstance(model, onnx.ModelProto):
-        if model.ByteSize() > IN_MEMORY_LIMIT:
-            return _through_file(model, options, disabled)
+        weights = _lend_weights(model, options)
         data = model.SerializeToString()
         if consume:
             model.Clear()
-        return _open(data, options, disabled)
+        opened = _open(data, options, disabled)
+        opened._weights = weights  # which it reads where they are
+        return opened
     return _open(model, options, disabled)
 
 
@@ -112,17 +109,15 @@ def _open(model: bytes | Path, options: Any, disabled: Sequence[str]) -> Session
     return opened
 
 
-def _through_file(model: onnx.ModelProto, options: Any, disabled: Sequence[str]) -> Session:
-    """A session on a copy with external data; ONNX Runtime keeps the files open after they lose their names."""
-    with supervise.scratch() as folder:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        external_data_helper.convert_model_to_external_data(copy, location="weights")
-        external_data_helper.write_external_data_tensors(copy, str(folder))
-        path = folder / "model.onnx"
-        path.write_bytes(copy.SerializeToString())
-        del copy
-        return _open(path, options, disabled)
+def _lend_weights(model: onnx.ModelProto, options: Any) -> list[Any]:
+    """Give a session the weights beside the model without a copy: neither of its own, nor packed for its kernels."""
+    lent = {tensor.name: ort.OrtValue.ortvalue_from_numpy(detached.array_of(tensor)) for tensor in detached.of(model)}
+    if lent:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_external_initializers(list(lent), list(lent.values()))
+    for name, value in lent.items():
+        options.add_initializer(name, value)
+    return list(lent.values())
 
 
 def run(runner: Session, feeds: Feeds) -> list[Any]:

@@ -33,19 +33,6 @@ def test_model_bytes_and_path_give_the_same_session(model, tmp_path):
     assert wanted.min() == 0 < wanted.max()
 
 
-def test_a_large_model_goes_through_a_file(model, monkeypatch):
-    wanted = runtime.run(runtime.session(model), FEEDS)
-    before = model.SerializeToString(deterministic=True)
-    monkeypatch.setattr(runtime, "IN_MEMORY_LIMIT", 1000)
-    opened = []
-    real = runtime._open
-    monkeypatch.setattr(runtime, "_open", lambda source, *rest: opened.append(source) or real(source, *rest))
-    got = runtime.run(runtime.session(model), FEEDS)
-    np.testing.assert_array_equal(got, wanted)
-    assert not opened[0].exists()
-    assert model.SerializeToString(deterministic=True) == before
-
-
 def test_only_the_cpu_provider_is_used(model):
     assert runtime.session(model).get_providers() == ["CPUExecutionProvider"]
 
