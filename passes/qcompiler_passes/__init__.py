@@ -11,6 +11,7 @@ from qcompiler_passes.convert_float16 import ConvertFloat16
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.equalize import Equalize
 from qcompiler_passes.expand_activations import ExpandActivations
+from qcompiler_passes.expand_operators import ExpandOperators
 from qcompiler_passes.fold_batchnorm import FoldBatchnorm
 from qcompiler_passes.fold_bias import FoldBias
 from qcompiler_passes.fold_constants import FoldConstants
@@ -42,7 +43,7 @@ _FLOAT = (
     "normalize-gemm,fold-constants"
 )
 _BALANCE = "equalize,migrate-scales"
-_PLACE = "account,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
+_PLACE = "account,expand-operators,expand-activations,split-groups,pad-channels,fold-width,form-blocks,annotate,place"
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
 LEVELS = {
@@ -80,6 +81,7 @@ PLUGIN = Plugin(
         CorrectBias,
         Equalize,
         ExpandActivations,
+        ExpandOperators,
         FoldBatchnorm,
         FoldBias,
         FoldConstants,

@@ -9,6 +9,7 @@ from qcompiler.state import CompileState, Phase
 from qcompiler.work import Accountant, concrete_shapes
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.expand_activations import ExpandActivations
+from qcompiler_passes.expand_operators import ExpandOperators
 from qcompiler_passes.fold_width import FoldWidth
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.pad_channels import PadChannels
@@ -55,7 +56,7 @@ class Account:
         best = float("inf")
         for skip in CHOICES:
             twin, rewrites = _twin(state), 0
-            for always in (ExpandActivations(), SplitGroups()):
+            for always in (ExpandOperators(), ExpandActivations(), SplitGroups()):
                 always.run(twin)
             for optional in (PadChannels(), FoldWidth()):
                 rewrites += 0 if optional.name in skip else optional.run(twin)

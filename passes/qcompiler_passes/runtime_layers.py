@@ -27,7 +27,7 @@ def rewrite_layers(state: CompileState, rules: Mapping[str, Rule], how: str) -> 
     """
     before = {n.name: n.op for n in state.graph.nodes}
     rewriter = Rewriter(state)
-    rewrites = apply_rules(rewriter, {op: _unless_kept(rule) for op, rule in rules.items()})
+    rewrites = apply_rules(rewriter, {op: unless_kept(rule) for op, rule in rules.items()})
     left = {n.name for n in state.graph.nodes}
     for name, block in list(state.blocks.items()):
         if name in left and before[name] in LAYERS:
@@ -42,7 +42,9 @@ def rewrite_layers(state: CompileState, rules: Mapping[str, Rule], how: str) -> 
     return rewrites
 
 
-def _unless_kept(rule: Rule) -> Rule:
+def unless_kept(rule: Rule) -> Rule:
+    """The rule for all nodes but those that stay float as the user asked."""
+
     def apply(rewriter: Rewriter, node: Node) -> Refusal | None:
         for pattern, reason in rewriter.state.keep_float.items():
             if any(fnmatchcase(name, pattern) for name in (node.name, *(t.name for t in node.outputs))):

@@ -38,7 +38,15 @@ ORT_CPU = Target(
             "com.microsoft.QLinearLeakyRelu",
         }
     ),
-    rewrites=frozenset({"QuickGelu", "channel-shuffle", "average-pool-as-conv", "hard-swish-as-mul"}),
+    rewrites=frozenset(
+        {
+            "QuickGelu",
+            "channel-shuffle",
+            "average-pool-as-conv",
+            "hard-swish-as-mul",
+            "overlapping-conv-transpose-as-conv",
+        }
+    ),
     alignment=Alignment(inputs=4, outputs=4, least=16, depthwise=16, block=32),
     profile="ort-cpu",
 )
@@ -57,7 +65,15 @@ INTEGER = Target(
     activation=QuantSpec("uint8", 0, 255),
     weight=QuantSpec("int8", -128, 127, symmetric=True),
     lowerings=_ALL,
-    rewrites=frozenset({"QuickGelu", "average-pool-as-conv", "sub-as-add"}),
+    rewrites=frozenset(
+        {
+            "QuickGelu",
+            "average-pool-as-conv",
+            "conv-transpose-as-conv",
+            "interpolation-as-product",
+            "sub-as-add",
+        }
+    ),
 )
 
 TARGETS = (ORT_CPU, ORT_CPU_AVX2, INTEGER)
