@@ -7,7 +7,7 @@ import pytest
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
-from qcompiler_passes.choose_ranges import ChooseRanges, _noise
+from qcompiler_passes.choose_ranges import ChooseRanges, _noise, _worst
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.scale_weights import ScaleWeights
 
@@ -31,7 +31,7 @@ def ranges(state: CompileState) -> dict[str, tuple[float, int]]:
 
 def noise(state: CompileState) -> float:
     samples = list(state.calibration or ())
-    return _noise(state, samples, run_all(session(ir.to_proto(state.graph)), samples))
+    return _worst(_noise(state, samples, run_all(session(ir.to_proto(state.graph)), samples)))
 
 
 def test_a_better_collector_wins_and_a_worse_one_does_not() -> None:
@@ -45,16 +45,22 @@ def test_a_better_collector_wins_and_a_worse_one_does_not() -> None:
     assert ranges(clipping) == ranges(covering)
 
 
+def test_a_collector_must_be_better_on_most_samples() -> None:
+    state = calibrated("ema")
+    assert ChooseRanges(collectors="minmax", most=1.01).run(state) == 0
+    assert ChooseRanges(collectors="minmax", most=1.0).run(state) == 3
+
+
 def test_probabilities_are_compared_by_their_logarithms() -> None:
     text = NET.replace("y = Conv(r, w)", "c = Conv(r, w) f = Flatten(c) y = Softmax(f)")
     state = calibrated("minmax", text)
     samples = list(state.calibration or ())
     exact = run_all(session(ir.to_proto(state.graph)), samples)
-    assert 0 < _noise(state, samples, exact) < 0.01
+    assert 0 < _worst(_noise(state, samples, exact)) < 0.01
     doubled = [[np.minimum(2 * y, 1) for y in row] for row in exact]
     power = sum(float(np.square(np.log(row[0])).sum()) for row in doubled)
     moved = sum(row[0].size for row in doubled) * np.log(2) ** 2 / power
-    assert _noise(state, samples, doubled) == pytest.approx(moved, rel=0.3)
+    assert _worst(_noise(state, samples, doubled)) == pytest.approx(moved, rel=0.3)
 
 
 def test_ranges_stay_once_weights_fit_them() -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.errors import UserError
-from qcompiler.ops import Lowering, op_key
+from qcompiler.ir import Tensor
+from qcompiler.ops import Lowering, rule_of
 from qcompiler.pipeline import closest
 from qcompiler.runtime import run_all, session
 from qcompiler.state import CompileState, Feeds, Phase
@@ -25,6 +26,7 @@ from qcompiler_passes.scale_weights import ScaleWeights
 _LEAST = 1e-6
 """Probabilities below it are equal."""
 
+F64 = NDArray[np.float64]
 Outputs = Sequence[Sequence[NDArray[Any]]]
 
 
@@ -35,14 +37,16 @@ class ChooseRanges:
     What a clip range costs shows at the outputs only: the tensor itself, and the layer behind it, rate the clipping of rare
     large values, which carry detections and classes, too low (measured: a range that halves the error of the next layer often
     raises that of the model). So each model is quantized, with corrected biases, and run on `samples` samples; another collector
-    wins if the noise at the output that suffers most is less than the share `better` of that of the first.
+    wins if the noise at the output that suffers most is less than the share `better` of that of the first, and if it is less on
+    the share `most` of the samples: a few samples decide what clipping costs in the mean, and others will come.
 
     `collectors`: names, with spaces between them.
     """
 
     collectors: str = "percentile entropy minmax"
-    samples: int = 64
+    samples: int = 128
     better: float = 0.9
+    most: float = 2 / 3
 
     name: ClassVar[str] = "choose-ranges"
     requires: ClassVar[Phase] = Phase.CALIBRATED
@@ -57,14 +61,15 @@ class ChooseRanges:
             return 0
         samples = list(islice(state.calibration, self.samples))
         wanted = run_all(session(ir.to_proto(state.graph), consume=True), samples)
-        least, best = self.better * _noise(state, samples, wanted), state
+        first = _noise(state, samples, wanted)
+        least, best = self.better * _worst(first), state
         for collector in self.collectors.split():
             trial = state.clone()
             trial.params, trial.progress = {}, None
             Calibrate(collector).run(trial)
             noise = _noise(trial, samples, wanted)
-            if noise < least:
-                least, best = noise, trial
+            if _worst(noise) < least and np.mean(noise.sum(axis=0) < first.sum(axis=0)) >= self.most:
+                least, best = _worst(noise), trial
         changed = [name for name, params in best.params.items() if not params.same_as(state.params[name])]
         for name in changed[: state.rewrite_limit]:
             state.params[name] = best.params[name]
@@ -73,13 +78,18 @@ class ChooseRanges:
 
 def _is_settled(state: CompileState) -> bool:
     """Whether the params came with the model, or weights have scales, which fit the ranges."""
-    rules = ((n, state.ops.get(op_key(n.op, n.domain))) for n in state.graph.nodes)
+    rules = ((n, rule_of(state.ops, n)) for n in state.graph.nodes)
     layers = (n for n, rule in rules if rule is not None and rule.lowering is Lowering.MAC)
     return bool(state.imported) or any(n.inputs[1].name in state.params for n in layers)
 
 
-def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs) -> float:
-    """The mean squared error of the output that suffers most, relative to its mean square, with the params of the state.
+def _worst(noise: F64) -> float:
+    """The noise of the output that suffers most."""
+    return float(noise.sum(axis=1).max(initial=0))
+
+
+def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs) -> F64:
+    """What the params of the state do: the squared error relative to the power of all samples; shape (outputs, samples).
 
     Of probabilities the logarithms are compared: these all but saturate, and a few decisions that flip would drown the rest.
     """
@@ -88,14 +98,18 @@ def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs) -> fl
     for stage in (AlignScales(), ScaleWeights(), CorrectBias(), InsertQdq()):
         stage.run(trial)
     given = run_all(session(ir.to_proto(trial.graph), consume=True), samples)
-    worst = 0.0
-    for tensor, *results in zip(state.graph.outputs, zip(*wanted, strict=True), zip(*given, strict=True), strict=True):
-        maker = ir.producer(tensor)
-        probabilities = maker is not None and maker.op == "Softmax"
-        pairs = [(a, b) for a, b in zip(*results, strict=True) if a.dtype.kind == "f" and a.shape == b.shape]
-        if probabilities:
-            pairs = [(np.log(np.maximum(a, _LEAST)), np.log(np.maximum(b, _LEAST))) for a, b in pairs]
-        power = sum(float(np.square(a, dtype=np.float64).sum()) for a, _ in pairs)
-        if power > 0 and np.isfinite(power):
-            worst = max(worst, sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in pairs) / power)
-    return worst
+    columns = zip(state.graph.outputs, zip(*wanted, strict=True), zip(*given, strict=True), strict=True)
+    return np.array([_relative(tensor, a, b) for tensor, a, b in columns])
+
+
+def _relative(tensor: Tensor, wanted: Sequence[NDArray[Any]], given: Sequence[NDArray[Any]]) -> F64:
+    """The noise of one output, shape (samples,)."""
+    maker = ir.producer(tensor)
+    noise, power = np.zeros(len(wanted)), 0.0
+    for i, pair in enumerate(zip(wanted, given, strict=True)):
+        if pair[0].dtype.kind == "f" and pair[0].shape == pair[1].shape:
+            is_softmax = maker is not None and maker.op == "Softmax"
+            a, b = (np.log(np.maximum(x, _LEAST)) if is_softmax else x for x in pair)
+            noise[i] = np.square(a - b, dtype=np.float64).sum()
+            power += float(np.square(a, dtype=np.float64).sum())
+    return noise / power if 0 < power < np.inf else np.zeros_like(noise)
