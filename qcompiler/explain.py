@@ -17,7 +17,7 @@ from qcompiler import functions, ir
 from qcompiler.compile import CompileOptions, prepare
 from qcompiler.errors import UserError
 from qcompiler.instrument import Watcher
-from qcompiler.ops import Role, op_key
+from qcompiler.ops import Role, op_key, rule_of
 from qcompiler.pipeline import Pass
 from qcompiler.state import Block, CompileState, Phase
 from qcompiler.text import format_graph
@@ -240,7 +240,7 @@ def _views(state: CompileState) -> list[NodeView]:
 def _block_facts(state: CompileState, block: Block) -> BlockFacts:
     tensors: list[TensorFacts] = []
     root = next((n for n in state.graph.nodes if n.name == block.root), None)
-    rule = None if root is None else state.ops.get(op_key(root.op, root.domain))
+    rule = None if root is None else rule_of(state.ops, root)
     if block.quantized and root is not None and rule is not None:
         for index, tensor in enumerate(root.inputs):
             if rule.role(index) in (Role.ACT, Role.WEIGHT) and not tensor.is_empty():

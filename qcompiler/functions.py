@@ -11,6 +11,8 @@ from functools import cache
 import onnx
 from onnx import parser
 
+from qcompiler import layer_functions
+
 DOMAIN = "qcompiler"
 
 OPSET = 17
@@ -82,8 +84,8 @@ _DOCS = {
 
 @cache
 def _parsed(name: str) -> bytes:
-    function = parser.parse_function(_HEAD + _BODIES[name])
-    function.doc_string = _DOCS[name]
+    function = parser.parse_function(_HEAD + (_BODIES | layer_functions.BODIES)[name])
+    function.doc_string = (_DOCS | layer_functions.DOCS)[name]
     return bytes(function.SerializeToString())
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qcompiler import ir, quant
 from qcompiler.ir import Graph, Node, Tensor
-from qcompiler.ops import Lowering, OpRule, Role, op_key
+from qcompiler.ops import Lowering, OpRule, Role, quantized_rule
 from qcompiler.quant import QuantParams
 from qcompiler.replay import pieces
 from qcompiler.state import Block, CompileState
@@ -132,7 +132,7 @@ class GatedModel:
             ir.set_input(node, i, tensor)
 
     def _rule(self, node: Node) -> OpRule:
-        return self.state.ops[op_key(node.op, node.domain)]
+        return quantized_rule(self.state.ops, node)
 
     def _rounded_constants(self, root: str) -> dict[int, Array]:
         node, rule = self.layers[root], self._rule(self.layers[root])

@@ -7,11 +7,12 @@ integer arithmetic. Targets decide which rows they run; passes only read rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from qcompiler import ir
+from qcompiler.integer_layers import MOST_CHANNELS
 from qcompiler.ir import Node
 
 
@@ -43,6 +44,9 @@ class Lowering(Enum):
     MOVE = "move"  # the operator itself, on integers
     CLIP = "clip"  # integer bounds
     TABLE = "table"  # 256 entries
+    PRODUCT = "product"  # MatMulInteger of two activations, then requantize
+    NORM = "norm"  # integer mean, variance and root
+    SOFTMAX = "softmax"  # integer exponential
     NONE = "none"
 
 
@@ -50,6 +54,7 @@ class Lowering(Enum):
 class OpRule:
     """One operator. `operands`: roles by position, the last one repeats. `weight_axis`: the weight's output channels.
 
+    `of_activations`: the row that holds where input 1, a weight otherwise, is no constant.
     `anchor`: worth a quantization of its own; other operators are quantized only between quantized neighbours.
     `refuse(node)`: why this very node cannot be integer, or None. `saturates(node)`: the bounds beyond which a larger input
     changes the result by less than 1e-4.
@@ -64,6 +69,7 @@ class OpRule:
     anchor: bool = False
     refuse: Callable[[Node], str | None] = lambda node: None
     saturates: Callable[[Node], tuple[float, float]] = lambda node: (-math.inf, math.inf)
+    of_activations: OpRule | None = None
 
     def role(self, index: int) -> Role:
         """The role of input `index`."""
@@ -77,6 +83,24 @@ class OpRule:
 def op_key(op: str, domain: str | None = "") -> str:
     """The key of an operator in a table of rows: `domain.op`, or `op` in the standard domain."""
     return f"{domain}.{op}" if domain and domain != "ai.onnx" else op
+
+
+def rule_of(rules: Mapping[str, OpRule], node: Node) -> OpRule | None:
+    """The row of a node, before and after its constants are quantized; None if there is none."""
+    rule = rules.get(op_key(node.op, node.domain))
+    if rule is None or rule.of_activations is None or len(node.inputs) < 2:
+        return rule
+    maker = ir.producer(node.inputs[1])
+    is_weight = maker is not None and maker.op == "DequantizeLinear" and ir.is_constant(maker.inputs[0])
+    return rule if is_weight or ir.is_constant(node.inputs[1]) else rule.of_activations
+
+
+def quantized_rule(rules: Mapping[str, OpRule], node: Node) -> OpRule:
+    """The row of a node that is known to have one. Raises KeyError otherwise."""
+    rule = rule_of(rules, node)
+    if rule is None:
+        raise KeyError(op_key(node.op, node.domain))
+    return rule
 
 
 def _constant_weight(node: Node) -> str | None:
@@ -130,6 +154,23 @@ def _spatial_size(node: Node) -> str | None:
 def _constant_bounds(node: Node) -> str | None:
     bounds = (ir.optional_input(node, i) for i in (1, 2))
     return None if all(b is None or ir.scalar(b) is not None for b in bounds) else "the bounds are not constants"
+
+
+def _last_axis(node: Node) -> str | None:
+    rank = len(ir.shape(node.inputs[0]) or ())
+    return None if node.attrs.get("axis", -1) in (-1, rank - 1) else "its axis is not the last one"
+
+
+def _layer_norm(node: Node) -> str | None:
+    scale = ir.value(node.inputs[1])
+    bias = ir.optional_input(node, 2)
+    if scale is None or not (bias is None or ir.is_constant(bias)):
+        return "its scale or bias is not a constant"
+    if scale.ndim != 1 or scale.size > MOST_CHANNELS:
+        return f"it normalizes over more than one axis, or over more than {MOST_CHANNELS} channels"
+    if any(not t.is_empty() for t in node.outputs[1:]):
+        return "the mean or the inverse deviation is used"
+    return _last_axis(node)
 
 
 def _hard_sigmoid(node: Node) -> tuple[float, float]:
@@ -206,11 +247,9 @@ _TABLES = [
 _FLOATS = [
     "ConvTranspose",
     "PRelu",
-    "Softmax",
     "LogSoftmax",
     "AveragePool",
     "ReduceMean",
-    "LayerNormalization",
     "InstanceNormalization",
     "BatchNormalization",
     "Div",
@@ -227,7 +266,18 @@ OPS: dict[str, OpRule] = {
     for rule in (
         OpRule("Conv", _MAC, Result.OWN, Lowering.MAC, weight_axis=0, anchor=True, refuse=_constant_weight),
         OpRule("Gemm", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=_gemm),
-        OpRule("MatMul", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=_matmul),
+        OpRule(
+            "MatMul",
+            _MAC,
+            Result.OWN,
+            Lowering.MAC,
+            weight_axis=1,
+            anchor=True,
+            refuse=_matmul,
+            of_activations=OpRule("MatMul", _ACT, Result.OWN, Lowering.PRODUCT, anchor=True),
+        ),
+        OpRule("LayerNormalization", _OTHER, Result.OWN, Lowering.NORM, anchor=True, refuse=_layer_norm),
+        OpRule("Softmax", _ACT, Result.OWN, Lowering.SOFTMAX, refuse=_last_axis),
         OpRule("Add", _ACT, Result.OWN, Lowering.ADD),
         OpRule("Mul", _ACT, Result.OWN, Lowering.MUL),
         OpRule("Concat", _ACT, Result.OWN, Lowering.CONCAT),

@@ -34,7 +34,8 @@ class QuantSpec:
     """What a tensor is quantized to. How its range is measured is a collector's affair.
 
     `qmin`, `qmax`: the integers in use (a 7-bit weight is int8 with -64..63). `symmetric`: the zero point is fixed at the
-    middle. `axis`: one scale per index of this axis, or None for one scale per tensor.
+    middle. `axis`: one scale per index of this axis, or None for one scale per tensor. `log2`: the integers are codes of
+    attention, q stands for 2**-q.
     """
 
     dtype: str
@@ -42,6 +43,7 @@ class QuantSpec:
     qmax: int
     symmetric: bool = False
     axis: int | None = None
+    log2: bool = False
 
     def per_channel(self, axis: int | None) -> QuantSpec:
         """Return the same spec with one scale per index of `axis`."""
@@ -55,16 +57,34 @@ class QuantSpec:
 
 @dataclass(frozen=True, eq=False)
 class QuantParams:
-    """What a tensor got: float32 scale(s), shape () or (channels,), and one zero point for all of them."""
+    """What a tensor got: float32 scale(s), shape () or (channels,), and one zero point for all of them.
+
+    `exponents`: Power-of-Two Factors, one per index of the last axis: the scale of index c is `scale * 2**exponents[c]`.
+    """
 
     spec: QuantSpec
     scale: F32
     zero_point: int = 0
+    exponents: tuple[int, ...] = ()
+
+    @cached_property
+    def scales(self) -> F32:
+        """The scale, or that of each channel where there are Power-of-Two Factors."""
+        return (
+            np.asarray(self.scale * np.float32(2) ** np.asarray(self.exponents), np.float32)
+            if self.exponents
+            else self.scale
+        )
+
+    @property
+    def axis(self) -> int | None:
+        """The axis that `scales` run along, or None for one scale."""
+        return -1 if self.exponents else self.spec.axis
 
     @cached_property
     def range(self) -> tuple[float, float]:
         """The least and greatest real number that a per-tensor quantized value can stand for."""
-        scale = float(self.scale)
+        scale = float(self.scale) * 2.0 ** max(self.exponents, default=0)
         return scale * (self.spec.qmin - self.zero_point), scale * (self.spec.qmax - self.zero_point)
 
     def with_scale(self, scale: ArrayLike) -> QuantParams:
@@ -77,6 +97,7 @@ class QuantParams:
             self.spec.dtype == other.spec.dtype
             and self.zero_point == other.zero_point
             and np.array_equal(self.scale, other.scale)
+            and self.exponents == other.exponents
         )
 
 
@@ -89,18 +110,26 @@ def _along(values: Array, axis: int | None, rank: int) -> Array:
 
 
 def quantize(x: Array, params: QuantParams) -> Array:
-    """QuantizeLinear: `clamp(RNE(x / scale) + zero_point, qmin, qmax)`, the division in float32."""
+    """QuantizeLinear: `clamp(RNE(x / scale) + zero_point, qmin, qmax)`, the division in float32.
+
+    The codes of attention are `floor(log2(4 / 3x))`: log2 rounded up where the mantissa of 1 / x is at least 1.5.
+    """
     spec = params.spec
+    if spec.log2:
+        inverse = 4 / (3 * np.maximum(np.asarray(x, np.float64), 2.0**-64))
+        return np.clip(np.floor(np.log2(inverse)), spec.qmin, spec.qmax).astype(spec.dtype)
     with np.errstate(over="ignore"):  # infinity saturates as well
-        scaled = np.asarray(x, np.float32) / _along(params.scale, spec.axis, np.ndim(x))
+        scaled = np.asarray(x, np.float32) / _along(params.scales, params.axis, np.ndim(x))
     q = np.clip(np.rint(scaled).astype(np.float64) + params.zero_point, spec.qmin, spec.qmax)
     return q.astype(spec.dtype)
 
 
 def dequantize(q: Array, params: QuantParams) -> F32:
-    """DequantizeLinear: `(q - zero_point) * scale` in float32."""
+    """DequantizeLinear: `(q - zero_point) * scale` in float32; `2**-q` for codes of attention."""
+    if params.spec.log2:
+        return np.asarray(2.0 ** -np.asarray(q, np.float32), np.float32)
     shifted = (np.asarray(q, np.int32) - np.int32(params.zero_point)).astype(np.float32)
-    return np.asarray(shifted * _along(params.scale, params.spec.axis, np.ndim(q)), np.float32)
+    return np.asarray(shifted * _along(params.scales, params.axis, np.ndim(q)), np.float32)
 
 
 MIN_SCALE = float(np.finfo(np.float32).tiny) * 2**32

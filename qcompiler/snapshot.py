@@ -140,6 +140,7 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "skip": list(state.skip),
         "float_work": [asdict(work) for work in state.float_work],
         "predicted": state.predicted,
+        "attention": asdict(state.attention),
         "metadata": state.metadata,
         "notes": state.notes,
         "corrected": sorted(state.corrected),
@@ -181,7 +182,12 @@ def _block_to_json(block: Block) -> dict[str, Any]:
 
 def _params_to_json(params: QuantParams) -> dict[str, Any]:
     scale = np.asarray(params.scale, np.float32).astype(np.float64).tolist()  # float64 holds every float32
-    return {"spec": asdict(params.spec), "scale": scale, "zero_point": int(params.zero_point)}
+    return {
+        "spec": asdict(params.spec),
+        "scale": scale,
+        "zero_point": int(params.zero_point),
+        "exponents": params.exponents,
+    }
 
 
 def _counterpart_to_json(counterpart: Counterpart) -> list[Any]:
@@ -212,6 +218,7 @@ def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> Comp
         skip=tuple(data["skip"]),
         float_work=tuple(Work(**work) for work in data["float_work"]),
         predicted=None if data["predicted"] is None else (data["predicted"][0], data["predicted"][1]),
+        attention=QuantSpec(**data["attention"]),
         blocks={root: _block(block) for root, block in data["blocks"].items()},
         specs={tensor: QuantSpec(**spec) for tensor, spec in data["specs"].items()},
         ties=data["ties"],
@@ -241,7 +248,9 @@ def _counterpart(source: str, factor: Any, offset: Any, reshaped: bool) -> Count
 
 
 def _params(data: Mapping[str, Any]) -> QuantParams:
-    return QuantParams(QuantSpec(**data["spec"]), np.asarray(data["scale"], np.float32), data["zero_point"])
+    return QuantParams(
+        QuantSpec(**data["spec"]), np.asarray(data["scale"], np.float32), data["zero_point"], tuple(data["exponents"])
+    )
 
 
 def _recipe(data: Mapping[str, Any], found: Mapping[str, Any] | None) -> Recipe:

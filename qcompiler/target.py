@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qcompiler.ir import Node
-from qcompiler.ops import Lowering, OpRule, Result, op_key
+from qcompiler.ops import Lowering, OpRule, Result, op_key, rule_of
 from qcompiler.quant import QuantSpec
 
 
@@ -54,10 +54,11 @@ class Target:
 
     def why_not(self, node: Node, rules: Mapping[str, OpRule]) -> str | None:
         """The reason why a node stays float on this target, or None if it can be integer."""
-        key = op_key(node.op, node.domain)
-        rule = rules.get(key)
+        rule = rule_of(rules, node)
         if rule is None:
-            return f"{key} has no row in the operator table"
+            return f"{op_key(node.op, node.domain)} has no row in the operator table"
+        if rule.lowering not in self.lowerings:  # of a node with variants, say why it is not the common one
+            rule = rules[op_key(node.op, node.domain)]
         return self.why_never(rule) or rule.refuse(node)
 
     def why_never(self, rule: OpRule) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from qcompiler import functions, ir, quant
 from qcompiler.ir import Node, Tensor
-from qcompiler.ops import op_key
+from qcompiler.ops import op_key, quantized_rule
 from qcompiler.quant import F32
 from qcompiler.state import CompileState, Phase
 
@@ -75,7 +75,7 @@ def _annotated(state: CompileState) -> Iterator[str]:
     for block in state.blocks.values():
         if block.quantized:
             root = nodes[block.root]
-            for index in state.ops[op_key(root.op, root.domain)].activations(root):
+            for index in quantized_rule(state.ops, root).activations(root):
                 if root.inputs[index].name not in state.specs:
                     yield f"block {block.root!r} is quantized, but its input {root.inputs[index].name!r} has no spec"
     for name in (*state.specs, *state.ties, *state.ties.values()):
@@ -128,7 +128,7 @@ def _conversion(state: CompileState, node: Node) -> Iterator[str]:
     zero = ir.optional_input(node, 2)
     zero_point = np.zeros((), np.int64) if zero is None else ir.value(zero)
     if scale is None or not (
-        np.array_equal(scale, params.scale) or (not params.scale.ndim and np.all(scale == params.scale))
+        np.array_equal(scale, params.scales) or (not params.scales.ndim and np.all(scale == params.scales))
     ):
         yield f"{node.name}: its scale is not that of {integers.name!r} in the params table"
     if zero_point is None or np.any(zero_point != params.zero_point):

@@ -16,7 +16,7 @@ from qcompiler import ir, runtime
 from qcompiler.cost import Work
 from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
-from qcompiler.ops import Lowering, OpRule, op_key
+from qcompiler.ops import Lowering, OpRule, rule_of
 from qcompiler.shapes import infer_shapes
 from qcompiler.state import Block, CompileState, Feeds
 
@@ -101,7 +101,7 @@ class Accountant:
 
     def rule(self, node: Node) -> OpRule | None:
         """The node's row."""
-        return self.state.ops.get(op_key(node.op, node.domain))
+        return rule_of(self.state.ops, node)
 
     def quantize(self, tensor: Tensor) -> list[Work]:
         """From float to integers, once per tensor."""

@@ -29,6 +29,7 @@ from qcompiler_passes.normalize_gemm import NormalizeGemm
 from qcompiler_passes.normalize_pooling import NormalizePooling
 from qcompiler_passes.pad_channels import PadChannels
 from qcompiler_passes.place import Place
+from qcompiler_passes.power_of_two_factors import PowerOfTwoFactors
 from qcompiler_passes.quantize_blocks import QuantizeBlocks
 from qcompiler_passes.quantize_dynamic import QuantizeDynamic
 from qcompiler_passes.recompose import Recompose
@@ -47,10 +48,11 @@ _PLACE = "account,expand-operators,expand-activations,split-groups,pad-channels,
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
 LEVELS = {
-    "O0": f"{_FLOAT},{_PLACE},calibrate{{collector=minmax}},align-scales,scale-weights{{search=false}},{_INTEGER}",
-    "O1": f"{_FLOAT},{_PLACE},calibrate,align-scales,scale-weights,{_INTEGER}",
-    "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,align-scales,scale-weights,correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,choose-ranges,align-scales,scale-weights,round-weights,"
+    "O0": f"{_FLOAT},{_PLACE},calibrate{{collector=minmax}},power-of-two-factors,align-scales,scale-weights{{search=false}},"
+    f"{_INTEGER}",
+    "O1": f"{_FLOAT},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,{_INTEGER}",
+    "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,correct-bias,{_INTEGER}",
+    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,choose-ranges,power-of-two-factors,align-scales,scale-weights,round-weights,"
     f"correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
@@ -99,6 +101,7 @@ PLUGIN = Plugin(
         NormalizePooling,
         PadChannels,
         Place,
+        PowerOfTwoFactors,
         QuantizeBlocks,
         QuantizeDynamic,
         Recompose,

@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompiler import ir, quant
 from qcompiler.ir import Node
-from qcompiler.ops import Lowering, op_key
+from qcompiler.ops import Lowering, quantized_rule
 from qcompiler.quant import F32, QuantParams
 from qcompiler.state import CompileState, Phase
 
@@ -44,11 +44,14 @@ class AlignScales:
             if not block.quantized or root not in nodes:
                 continue
             node = nodes[root]
-            lowering = state.ops[op_key(node.op, node.domain)].lowering
+            lowering = quantized_rule(state.ops, node).lowering
             output = block.outputs[0]
             fits = True
             if lowering is Lowering.ADD:
                 fits = solver.add(node.inputs[0].name, node.inputs[1].name, output)
+            elif lowering is Lowering.PRODUCT:
+                a, b = (t.name for t in node.inputs)
+                fits = state.specs[a].log2 or solver.mul(a, b, output)
             elif lowering is Lowering.MUL:
                 solver.gate(node.inputs[0].name, node.inputs[1].name, output)
                 fits = solver.mul(node.inputs[0].name, node.inputs[1].name, output)
@@ -139,7 +142,7 @@ class _Solver:
         """Widen outputs whose steps are finer than their accumulators can use, as those of a layer that is always zero."""
         for node in nodes:
             output = self.state.blocks[node.name].outputs[0]
-            is_mac = self.state.ops[op_key(node.op, node.domain)].lowering is Lowering.MAC
+            is_mac = quantized_rule(self.state.ops, node).lowering is Lowering.MAC
             if not is_mac or output not in self.state.params:
                 continue
             largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0))
@@ -154,24 +157,26 @@ class _Solver:
         self.members[self.state.leader(to)] += joined
 
     def add(self, a: str, b: str, c: str) -> bool:
-        """c = a + b: both ratios to c multiples of 2**-12."""
+        """c = a + b: both ratios to c multiples of 2**-12, for each channel where c has Power-of-Two Factors."""
+        shift = quant.RATIO_SHIFT - max(self.params(c).exponents, default=0)
         if self.free(c):
             held = next((x for x in (a, b) if not self.free(x)), None)
             if held is not None and self.state.leader(held) != self.state.leader(c):
                 s_x = self.scale(held)
-                self.move(c, quant.snap_scale(lambda s: s_x / s, float(self.scale(c)), True, quant.RATIO_SHIFT))
+                self.move(c, quant.snap_scale(lambda s: s_x / s, float(self.scale(c)), True, shift))
         self.pin(c)
         for x in (a, b):
             if self.free(x):
-                self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), limit=self.limit(x, c)))
-        fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), quant.RATIO_SHIFT) for x in (a, b))
+                limit = self.limit(x, c, shift)
+                self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), shift, limit))
+        fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), shift) for x in (a, b))
         self.pin(a, b)
         return fits
 
-    def limit(self, x: str, c: str) -> float:
+    def limit(self, x: str, c: str, shift: int) -> float:
         """The limit of an addend's scale, unless even the smallest ratio to the sum's scale is above it."""
         limit = self.limits.get(self.state.leader(x), np.inf)
-        return limit if limit > float(self.scale(c)) * 2.0**-quant.RATIO_SHIFT * (1 + 1e-5) else np.inf
+        return limit if limit > float(self.scale(c)) * 2.0**-shift * (1 + 1e-5) else np.inf
 
     def gate(self, a: str, b: str, c: str) -> None:
         """c = a * b where b = a + constant, or the other way round: settle the ratio of a and b, which the product would pin."""
@@ -215,7 +220,7 @@ class _Solver:
 
     def multipliers_fit(self, node: Node, output: str) -> bool:
         """Whether the multipliers of a Conv, Gemm or MatMul are still int32 numbers after an Add moved its input's scale."""
-        rule = self.state.ops[op_key(node.op, node.domain)]
+        rule = quantized_rule(self.state.ops, node)
         if rule.lowering is not Lowering.MAC or output not in self.state.params:
             return True
         largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0.0)) / self.state.target.weight.qmax

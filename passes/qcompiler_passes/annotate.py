@@ -11,8 +11,10 @@ from typing import ClassVar
 import numpy as np
 
 from qcompiler import ir
+from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
-from qcompiler.ops import Lowering, OpRule, Result, Role, op_key
+from qcompiler.ops import Lowering, OpRule, Result, Role, quantized_rule, rule_of
+from qcompiler.quant import QuantSpec
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import Block, CompileState, Phase
 
@@ -24,16 +26,27 @@ class Annotate:
     Anchors (Conv, Gemm, MatMul) are quantized wherever the target can. Other operators follow if all that they read is
     quantized and something quantized reads them, so that they save conversions instead of adding some. Tensors that an
     operator passes on unchanged share their params.
+
+    `attention`: how targets that run Softmax in integers quantize what only MatMul reads of it: `log2`, as powers of two, so that
+    attention x V is a shift (FQ-ViT, Lin et al. 2022, arXiv 2111.13824), or `linear`. `attention_bits`: 2 to 8.
     """
+
+    attention: str = "log2"
+    attention_bits: int = 8
 
     name: ClassVar[str] = "annotate"
     requires: ClassVar[Phase] = Phase.FUSED
     establishes: ClassVar[Phase | None] = Phase.ANNOTATED
 
     def run(self, state: CompileState) -> int:
-        """Return the number of tensors that got a spec."""
+        """Return the number of tensors that got a spec. Raises UserError for an option that is none."""
+        if self.attention not in ("log2", "linear"):
+            raise UserError(f"attention is log2 or linear, not {self.attention!r}", self.name)
+        if not 2 <= self.attention_bits <= 8:
+            raise UserError(f"attention_bits is 2 to 8, not {self.attention_bits}", self.name)
         if state.phase >= Phase.ANNOTATED:
             return 0
+        state.attention = QuantSpec("uint8", 0, 2**self.attention_bits - 1, log2=self.attention == "log2")
         annotate(state, {})
         return len(state.specs)
 
@@ -63,11 +76,7 @@ class _Choice:
     def __init__(self, state: CompileState, reasons: Mapping[str, str]) -> None:
         self.state = state
         self.nodes = {n.name: n for n in state.graph.nodes}
-        self.rules = {
-            root: rule
-            for root in state.blocks
-            if (rule := state.ops.get(op_key(self.nodes[root].op, self.nodes[root].domain)))
-        }
+        self.rules = {root: rule for root in state.blocks if (rule := rule_of(state.ops, self.nodes[root]))}
         self.block_of = {name: root for root, block in state.blocks.items() for name in block.nodes}
         self.reasons: dict[str, str] = {}
         for root, block in state.blocks.items():
@@ -95,7 +104,9 @@ class _Choice:
             array = ir.value(tensor)
             if array is not None and not np.all(np.isfinite(array)):
                 return f"constant {tensor.name!r} is not finite"
-        return None if any(not ir.is_constant(t) for t in tensors) else "none of its inputs is an activation"
+        placed = rule.lowering is Lowering.MOVE and any(not (ir.is_constant(t) or t.is_empty()) for t in node.inputs)
+        varies = placed or any(not ir.is_constant(t) for t in tensors)
+        return None if varies else "none of its inputs is an activation"
 
     def settle(self) -> None:
         """Take non-anchors out until each that is left has quantized neighbours on both sides."""
@@ -171,6 +182,22 @@ def _bounded(state: CompileState, choice: _Choice, block: Block) -> Block:
     return replace(block, low=min(lows), high=max(highs))
 
 
+_RESHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+
+
+def _is_attention(state: CompileState, choice: _Choice, name: str) -> bool:
+    """Whether products of activations alone read a tensor, on the left, at most in another shape."""
+    tensor = choice.tensor(name)
+    readers = choice.quantized_readers(name)
+    if tensor is None or ir.is_output(state.graph, tensor) or len(readers) != len({id(n) for n in tensor.outputs}):
+        return False
+    for node in readers:
+        is_product = choice.rules[node.name].lowering is Lowering.PRODUCT and node.inputs[1] is not tensor
+        if not is_product and not (node.op in _RESHAPING and _is_attention(state, choice, node.outputs[0].name)):
+            return False
+    return bool(readers)
+
+
 def _own_constants(state: CompileState) -> None:
     """Give every quantized block its own copy of the constants that it shares: their scales will differ."""
     rewriter = Rewriter(state)
@@ -178,7 +205,7 @@ def _own_constants(state: CompileState) -> None:
         block = state.blocks.get(node.name)
         if block is None or not block.quantized:
             continue
-        rule = state.ops[op_key(node.op, node.domain)]
+        rule = quantized_rule(state.ops, node)
         for index, tensor in enumerate(node.inputs):
             array = ir.value(tensor)
             if array is not None and rule.role(index) is not Role.OTHER and len(tensor.outputs) > 1:
@@ -190,11 +217,16 @@ def _specify(state: CompileState, choice: _Choice, block: Block) -> None:
     activation = state.target.activation
     inputs = [node.inputs[i].name for i in rule.activations(node)]
     for name in inputs:
-        state.specs[name] = activation
+        state.specs.setdefault(name, activation)
     for name in block.outputs:
         unread = node.op in state.target.float_result and not choice.quantized_readers(name)
         if unread and name not in state.imported:
             continue
         state.specs[name] = activation
+        if rule.lowering is Lowering.SOFTMAX:
+            state.specs[name] = replace(
+                state.attention, log2=state.attention.log2 and _is_attention(state, choice, name)
+            )
         if rule.result is Result.SAME:
+            state.specs[name] = state.specs[inputs[0]]
             state.tie(name, inputs[0])

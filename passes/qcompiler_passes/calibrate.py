@@ -51,6 +51,8 @@ class Calibrate:
         if self.samples_per_tensor < 1:
             raise UserError(f"samples_per_tensor must be at least 1, not {self.samples_per_tensor}", self.name)
         known = _import(state)
+        codes = {name: QuantParams(s, np.ones((), np.float32)) for name, s in state.specs.items() if s.log2}
+        state.params |= codes
         if state.calibration is None and state.imported:
             _leave_gaps(state)
         missing = [name for name in state.specs if name not in state.params]
@@ -64,7 +66,7 @@ class Calibrate:
                 raise UserError(f"no range for tensor {leader!r}: {error}", "calibration data") from error
         for name in missing:
             state.params[name] = state.params[state.leader(name)]
-        return known + len(missing)
+        return known + len(codes) + len(missing)
 
     def _measure(self, state: CompileState, tensors: list[Tensor]) -> dict[str, Collector]:
         """A collector per tensor: constants are measured as they are, variables on the calibration data."""

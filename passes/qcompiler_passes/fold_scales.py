@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompiler import functions, ir, quant
 from qcompiler.ir import Node, Tensor
-from qcompiler.ops import Lowering, op_key
+from qcompiler.ops import Lowering, quantized_rule
 from qcompiler.quant import QuantParams
 from qcompiler.rewrite import Refusal, Rewriter
 from qcompiler.runtime import run, session
@@ -18,7 +18,7 @@ from qcompiler.state import CompileState, Phase
 from qcompiler_passes.align_scales import mean_factor, spatial_size
 from qcompiler_passes.form_blocks import activation_bounds
 from qcompiler_passes.insert_qdq import integer_bounds
-from qcompiler_passes.lower_integer import dequantized, quantizer
+from qcompiler_passes.integer_nodes import dequantized, operands, quantizer, requantize, rescale
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,7 @@ def _fold_of(state: CompileState, node: Node) -> _Fold | None:
     block = state.blocks.get(node.name)
     if block is None or not block.quantized:
         return None
-    return _FOLDS.get(state.ops[op_key(node.op, node.domain)].lowering)
-
-
-def _requantize(
-    rewriter: Rewriter, node: Node, acc: Tensor, multiplier: quant.Array, params: QuantParams, shift: int, q: Node
-) -> None:
-    """acc -> Requantize -> the output of the quantizer `q`, which goes."""
-    spec, hint = params.spec, node.name
-    zero, low, high = (np.asarray(v, spec.dtype) for v in (params.zero_point, spec.qmin, spec.qmax))
-    inputs = [
-        acc,
-        rewriter.constant(f"{hint}_multiplier", multiplier.astype(np.int32)),
-        rewriter.constant(f"{hint}_shift", np.asarray(shift, np.uint64)),
-        *(rewriter.constant(f"{hint}_{k}", v) for k, v in (("zero_point", zero), ("qmin", low), ("qmax", high))),
-    ]
-    made = rewriter.node("Requantize", inputs, origin=node, hint=f"{hint}_requantize", domain=functions.DOMAIN)
-    rewriter.take_output(made, q.outputs[0])
-    rewriter.remove(q)
+    return _FOLDS.get(quantized_rule(state.ops, node).lowering)
 
 
 def _fold_accumulator(rewriter: Rewriter, node: Node) -> Refusal | None:
@@ -90,36 +73,13 @@ def _fold_accumulator(rewriter: Rewriter, node: Node) -> Refusal | None:
     multiplier = quant.multiplier(factor)
     if multiplier.ndim:
         multiplier = multiplier.reshape(-1, *[1] * (-1 - node.attrs["axis"]))
-    _requantize(rewriter, node, node.inputs[0], multiplier, params, quant.SHIFT, q)
+    requantize(rewriter, node, node.inputs[0], multiplier, params, quant.SHIFT, q)
     rewriter.remove(node)
     return None
 
 
-def _operands(rewriter: Rewriter, node: Node) -> tuple[list[Tensor], list[QuantParams], Node, QuantParams] | Refusal:
-    """The integer inputs of a node and their params, the quantizer behind it and its params."""
-    rule = rewriter.state.ops[op_key(node.op, node.domain)]
-    sources = [dequantized(node.inputs[i]) for i in rule.activations(node)]
-    q = quantizer(rewriter, node.outputs[0])
-    integers = [s.inputs[0] for s in sources if s is not None]
-    if len(integers) != len(sources) or q is None:
-        return Refusal("it does not stand between DQ and Q", node.name)
-    table = rewriter.state.params
-    return integers, [table[t.name] for t in integers], q, table[q.outputs[0].name]
-
-
-def _rescale(rewriter: Rewriter, node: Node, x: Tensor, params: QuantParams, multiplier: int) -> Tensor:
-    inputs = [
-        x,
-        rewriter.constant(f"{x.name}_zero", np.asarray(params.zero_point, params.spec.dtype)),
-        rewriter.constant(f"{x.name}_multiplier", np.asarray(multiplier, np.int32)),
-    ]
-    made = rewriter.node("Rescale", inputs, origin=node, hint=f"{node.name}_rescale", domain=functions.DOMAIN)
-    made.outputs[0].dtype, made.outputs[0].shape = np.dtype(np.int32), x.shape
-    return made.outputs[0]
-
-
 def _fold_add(rewriter: Rewriter, node: Node) -> Refusal | None:
-    found = _operands(rewriter, node)
+    found = operands(rewriter, node)
     if isinstance(found, Refusal):
         return found
     integers, params, q, result = found
@@ -127,33 +87,33 @@ def _fold_add(rewriter: Rewriter, node: Node) -> Refusal | None:
     if not all(quant.is_dyadic(f, quant.RATIO_SHIFT) for f in factors):
         return Refusal("its scale ratios are not multiples of 2**-12", node.name)
     terms = [
-        _rescale(rewriter, node, x, p, int(quant.multiplier(f, quant.RATIO_SHIFT)))
+        rescale(rewriter, node, x, p, int(quant.multiplier(f, quant.RATIO_SHIFT)))
         for x, p, f in zip(integers, params, factors, strict=True)
     ]
     acc = rewriter.node("Add", terms, origin=node, hint=f"{node.name}_integer").outputs[0]
-    _requantize(rewriter, node, acc, np.asarray(1), result, quant.RATIO_SHIFT, q)
+    requantize(rewriter, node, acc, np.asarray(1), result, quant.RATIO_SHIFT, q)
     rewriter.remove(node)
     return None
 
 
 def _fold_mul(rewriter: Rewriter, node: Node) -> Refusal | None:
-    found = _operands(rewriter, node)
+    found = operands(rewriter, node)
     if isinstance(found, Refusal):
         return found
     integers, params, q, result = found
     factor = quant.rescale(params[0].scale, params[1].scale, result.scale)
     if not quant.is_dyadic(factor):
         return Refusal("its rescale factor is not a multiple of 2**-16", node.name)
-    terms = [_rescale(rewriter, node, x, p, 1) for x, p in zip(integers, params, strict=True)]
+    terms = [rescale(rewriter, node, x, p, 1) for x, p in zip(integers, params, strict=True)]
     acc = rewriter.node("Mul", terms, origin=node, hint=f"{node.name}_integer").outputs[0]
-    _requantize(rewriter, node, acc, quant.multiplier(factor), result, quant.SHIFT, q)
+    requantize(rewriter, node, acc, quant.multiplier(factor), result, quant.SHIFT, q)
     rewriter.remove(node)
     return None
 
 
 def _fold_mean(rewriter: Rewriter, node: Node) -> Refusal | None:
     size, rank = spatial_size(node), len(ir.shape(node.inputs[0]) or ())
-    found = _operands(rewriter, node)
+    found = operands(rewriter, node)
     if isinstance(found, Refusal):
         return found
     integers, params, q, result = found
@@ -161,15 +121,15 @@ def _fold_mean(rewriter: Rewriter, node: Node) -> Refusal | None:
     if not quant.is_dyadic(factor):
         return Refusal("its rescale factor is not a multiple of 2**-16", node.name)
     axes = rewriter.constant(f"{node.name}_axes", np.arange(2, rank, dtype=np.int64))
-    centred = _rescale(rewriter, node, integers[0], params[0], 1)
+    centred = rescale(rewriter, node, integers[0], params[0], 1)
     acc = rewriter.node("ReduceSum", [centred, axes], origin=node, hint=f"{node.name}_integer", keepdims=1).outputs[0]
-    _requantize(rewriter, node, acc, quant.multiplier(factor), result, quant.SHIFT, q)
+    requantize(rewriter, node, acc, quant.multiplier(factor), result, quant.SHIFT, q)
     rewriter.remove(node)
     return None
 
 
 def _fold_clip(rewriter: Rewriter, node: Node) -> Refusal | None:
-    bounds, found = activation_bounds(node), _operands(rewriter, node)
+    bounds, found = activation_bounds(node), operands(rewriter, node)
     if isinstance(found, Refusal):
         return found
     integers, params, q, result = found
@@ -226,7 +186,7 @@ def _table_shape(x: Tensor) -> tuple[int, ...]:
 
 
 def _fold_concat(rewriter: Rewriter, node: Node) -> Refusal | None:
-    found = _operands(rewriter, node)
+    found = operands(rewriter, node)
     if isinstance(found, Refusal):
         return found
     integers, params, q, result = found

@@ -9,10 +9,11 @@ import numpy as np
 
 from qcompiler import ir, quant
 from qcompiler.ir import Node, Tensor
-from qcompiler.ops import Lowering, OpRule, op_key
+from qcompiler.ops import Lowering, OpRule, quantized_rule
 from qcompiler.quant import QuantParams, QuantSpec
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import Block, CompileState, Phase
+from qcompiler_passes.write_layers import write_layers
 
 BIAS = QuantSpec("int32", -(2**31), 2**31 - 1, symmetric=True)
 
@@ -23,6 +24,9 @@ class InsertQdq:
 
     An activation function that saturation already performs is removed; where the integer range is wider than its bounds, it
     becomes a block of its own behind the Q, because ONNX Runtime fuses a Conv only with a Q directly behind it.
+
+    On targets that have them, LayerNormalization, Softmax, attention x V and sums with Power-of-Two Factors become functions on
+    integers here already: they differ from the float operators by more than rounding.
     """
 
     name: ClassVar[str] = "insert-qdq"
@@ -41,6 +45,7 @@ class InsertQdq:
             if block is not None and block.quantized:
                 inserter.block(node, block)
         inserter.boundaries()
+        write_layers(inserter.rewriter)
         return inserter.rewriter.finish() or inserter.count
 
 
@@ -53,7 +58,7 @@ def _leave_float(state: CompileState, limit: int) -> None:
     for name, block in list(state.blocks.items()):
         if block.quantized:
             root = nodes[block.root]
-            reads = [root.inputs[i].name for i in state.ops[op_key(root.op, root.domain)].activations(root)]
+            reads = [root.inputs[i].name for i in quantized_rule(state.ops, root).activations(root)]
             if any(read not in state.params for read in reads):
                 state.blocks[name] = replace(block, quantized=False)
 
@@ -69,7 +74,7 @@ class _Inserter:
 
     def block(self, root: Node, block: Block) -> None:
         """Quantize the constants of a block and settle its activation."""
-        rule = self.state.ops[op_key(root.op, root.domain)]
+        rule = quantized_rule(self.state.ops, root)
         for index in rule.activations(root):
             array, params = ir.value(root.inputs[index]), self.state.params.get(root.inputs[index].name)
             if array is not None and params is not None:
@@ -164,18 +169,19 @@ class _Inserter:
         block = self.state.blocks.get(node.name)
         if block is None or not block.quantized:
             return False
-        rule = self.state.ops[op_key(node.op, node.domain)]
+        rule = quantized_rule(self.state.ops, node)
         return any(node.inputs[i] is tensor for i in rule.activations(node))
 
     def _quantize(self, source: Tensor, params: QuantParams, origin: Node) -> Tensor:
         integers = self.rewriter.variable(f"{source.name}_q", np.dtype(params.spec.dtype), source.shape)
         self.state.params[integers.name] = params
         inputs = [source, *self._scale_inputs(source.name, params)]
-        self.rewriter.node("QuantizeLinear", inputs, [integers], origin=origin, hint=f"{origin.name}_quantize")
+        attrs: dict[str, Any] = {} if params.axis is None else {"axis": params.axis}
+        self.rewriter.node("QuantizeLinear", inputs, [integers], origin=origin, hint=f"{origin.name}_quantize", **attrs)
         return integers
 
     def _dequantize(self, integers: Tensor, params: QuantParams, origin: Node, into: Tensor | None = None) -> Tensor:
-        attrs: dict[str, Any] = {} if params.spec.axis is None else {"axis": params.spec.axis}
+        attrs: dict[str, Any] = {} if params.axis is None else {"axis": params.axis}
         inputs = [integers, *self._scale_inputs(integers.name, params)]
         if into is None:
             into = self.rewriter.variable(f"{integers.name}_dq", np.dtype(np.float32), integers.shape)
@@ -183,9 +189,9 @@ class _Inserter:
         return into
 
     def _scale_inputs(self, hint: str, params: QuantParams) -> list[Tensor]:
-        zero = np.full(params.scale.shape, params.zero_point, params.spec.dtype)
+        zero = np.full(params.scales.shape, params.zero_point, params.spec.dtype)
         return [
-            self.rewriter.constant(f"{hint}_scale", params.scale),
+            self.rewriter.constant(f"{hint}_scale", params.scales),
             self.rewriter.constant(f"{hint}_zero_point", zero),
         ]
 

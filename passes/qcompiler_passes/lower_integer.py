@@ -9,9 +9,10 @@ import numpy as np
 
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor
-from qcompiler.ops import Lowering, op_key
+from qcompiler.ops import Lowering, quantized_rule
 from qcompiler.rewrite import Refusal, Rewriter
 from qcompiler.state import CompileState, Phase
+from qcompiler_passes.integer_nodes import dequantized, quantizer
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class LowerInteger:
             block = state.blocks.get(node.name)
             if block is None or not block.quantized or rewriter.exhausted:
                 continue
-            lowering = state.ops[op_key(node.op, node.domain)].lowering
-            if lowering is Lowering.MAC:
+            lowering = quantized_rule(state.ops, node).lowering
+            if lowering in (Lowering.MAC, Lowering.PRODUCT):
                 refusal = _lower_mac(rewriter, node)
             elif lowering is Lowering.MOVE:
                 refusal = _lower_mover(rewriter, node)
@@ -45,18 +46,6 @@ class LowerInteger:
         return rewriter.finish()
 
 
-def dequantized(tensor: Tensor) -> Node | None:
-    """The DequantizeLinear that makes the tensor, or None."""
-    maker = ir.producer(tensor)
-    return maker if maker is not None and maker.op == "DequantizeLinear" else None
-
-
-def quantizer(rewriter: Rewriter, tensor: Tensor) -> Node | None:
-    """The QuantizeLinear that is the tensor's one reader, or None."""
-    user = rewriter.only_user(tensor)
-    return user if user is not None and user.op == "QuantizeLinear" else None
-
-
 def _lower_mac(rewriter: Rewriter, node: Node) -> Refusal | None:
     sources = [dequantized(t) for t in node.inputs[:2]]
     x, w = sources
@@ -64,13 +53,16 @@ def _lower_mac(rewriter: Rewriter, node: Node) -> Refusal | None:
         return Refusal("its operands are not quantized", node.name)
     bias = ir.optional_input(node, 2)
     scale = np.asarray(ir.array(x.inputs[1]) * ir.array(w.inputs[1]), np.float32)
-    zero = rewriter.constant(f"{node.name}_w_zero_point", np.zeros((), ir.array(w.inputs[0]).dtype))
+    weight = ir.value(w.inputs[0])
+    zero = w.inputs[2]
+    if weight is not None:
+        zero = rewriter.constant(f"{node.name}_w_zero_point", np.zeros((), weight.dtype))
     op, attrs = ("ConvInteger", dict(node.attrs)) if node.op == "Conv" else ("MatMulInteger", {})
     out = node.outputs[0]
     acc = rewriter.variable(f"{node.name}_acc", np.dtype(np.int32), out.shape)
     operands = [x.inputs[0], w.inputs[0], x.inputs[2], zero]
     rewriter.node(op, operands, [acc], origin=node, hint=f"{node.name}_integer", **attrs)
-    spatial = ir.array(w.inputs[0]).ndim - 2
+    spatial = 0 if weight is None else weight.ndim - 2
     if bias is not None:
         biased = rewriter.variable(f"{node.name}_biased", np.dtype(np.int32), out.shape)
         rewriter.node(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Node
-from qcompiler.ops import Lowering, op_key
+from qcompiler.ops import Lowering, rule_of
 from qcompiler.quant import F32, QuantParams
 from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
@@ -80,7 +80,7 @@ class RoundWeights:
 
 
 def _is_layer(state: CompileState, node: Node) -> bool:
-    block, rule = state.blocks.get(node.name), state.ops.get(op_key(node.op, node.domain))
+    block, rule = state.blocks.get(node.name), rule_of(state.ops, node)
     known = node.op in ("Conv", "Gemm", "MatMul") and node.domain in ("", None)
     known = known and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     return known and block is not None and block.quantized and rule is not None and rule.lowering is Lowering.MAC

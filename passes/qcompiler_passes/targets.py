@@ -10,6 +10,9 @@ from qcompiler.target import Alignment, Target
 
 _ALL = frozenset(Lowering) - {Lowering.NONE}
 
+_LAYERS = frozenset({Lowering.NORM, Lowering.PRODUCT, Lowering.SOFTMAX})
+"""What takes integers of 64 bits: exact where all is integer, slower than float where there is float."""
+
 _SLOW = "its uint8 kernel is slower than float, or there is none"
 
 ORT_CPU = Target(
@@ -17,7 +20,7 @@ ORT_CPU = Target(
     description="ONNX Runtime on x86 with VNNI and on ARM: uint8 activations, int8 weights per channel",
     activation=QuantSpec("uint8", 0, 255),
     weight=QuantSpec("int8", -128, 127, symmetric=True),
-    lowerings=_ALL,
+    lowerings=_ALL - _LAYERS,
     stays_float=dict.fromkeys(("Softmax", "ConvTranspose", "PRelu", "Where", "AveragePool"), _SLOW),
     float_result=frozenset({"Gemm", "MatMul"}),
     kernels=frozenset(
