@@ -1,13 +1,16 @@
-"""Train the two shipped models and write them with their calibration and test data.
+"""Train the shipped models and write them with their calibration and test data.
 
 pip install torch mlxtend onnx onnxruntime pillow
-python models/train.py [--out DIR] [--epochs 25]
+python models/train.py [MODEL ...] [--out DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from torch import Tensor, nn
 from torch_to_onnx import save
+from vit import TinyViT, export
 
 SEED = 0
 TEST_ROWS = 1000
@@ -131,11 +135,11 @@ def augment(x: Tensor) -> Tensor:
     return F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False)
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
-    """AdamW under a one-cycle learning rate."""
+def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, rate: float) -> None:
+    """AdamW under a one-cycle learning rate that peaks at `rate`."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     steps = len(x) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, epochs=epochs, steps_per_epoch=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs=epochs, steps_per_epoch=steps)
     model.train()
     for epoch in range(epochs):
         total = 0.0
@@ -164,20 +168,41 @@ def write_data(out: Path, calibration: np.ndarray, x_test: np.ndarray, y_test: n
     np.savez_compressed(out / "mnist_test.npz", x=x_test, y=y_test)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A network, how long and how fast it learns, and what writes it."""
+
+    network: Callable[[], nn.Module]
+    epochs: int
+    rate: float
+    write: Callable[[nn.Module, Path], None]
+
+
+write_layers = partial(save, image=(1, 28, 28), classes=10)
+RECIPES = {
+    "digits_resnet": Recipe(DigitsResNet, 25, 5e-3, lambda model, path: write_layers(model, path=path)),
+    "condenser": Recipe(Condenser, 25, 5e-3, lambda model, path: write_layers(model, path=path)),
+    "tiny_vit": Recipe(TinyViT, 100, 2e-3, export),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(RECIPES)}; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--epochs", type=int, default=25)
     options = parser.parse_args()
+    if unknown := set(options.models) - set(RECIPES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
 
     torch.set_num_threads(1)
     x_train, y_train, x_test, y_test = load_rows()
     write_data(options.out, x_train[:CALIBRATION_ROWS], x_test, y_test)
-    for network, name in ((DigitsResNet, "digits_resnet"), (Condenser, "condenser")):
+    for name in options.models or RECIPES:
+        recipe = RECIPES[name]
         torch.manual_seed(SEED)
-        model = network()
-        train(model, as_input(x_train), torch.from_numpy(y_train), options.epochs)
-        save(model, image=(1, 28, 28), classes=10, path=options.out / f"{name}.onnx")
+        model = recipe.network()
+        train(model, as_input(x_train), torch.from_numpy(y_train), recipe.epochs, recipe.rate)
+        recipe.write(model, options.out / f"{name}.onnx")
         print(f"{name}: test accuracy {accuracy(model, as_input(x_test), torch.from_numpy(y_test)):.4f}")
 
 

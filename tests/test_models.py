@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from PIL import Image
 
 MODELS = Path(__file__).parent.parent / "models"
-SHIPPED = ("digits_resnet", "condenser")
+SHIPPED = {"digits_resnet": 17, "condenser": 17, "tiny_vit": 16}
+"""The models and their opsets."""
 
 
 def labelled_rows() -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +22,7 @@ def labelled_rows() -> tuple[np.ndarray, np.ndarray]:
         return rows["x"], rows["y"]
 
 
-@pytest.mark.parametrize(("name", "correct"), [("digits_resnet", 987), ("condenser", 988)])
+@pytest.mark.parametrize(("name", "correct"), [("digits_resnet", 987), ("condenser", 988), ("tiny_vit", 986)])
 def test_float_accuracy_is_the_published_one(name: str, correct: int) -> None:
     x, y = labelled_rows()
     session = ort.InferenceSession(MODELS / f"{name}.onnx", providers=["CPUExecutionProvider"])
@@ -33,12 +35,12 @@ def test_float_accuracy_is_the_published_one(name: str, correct: int) -> None:
 def test_model_is_float_with_a_dynamic_batch(name: str) -> None:
     model = onnx.load(MODELS / f"{name}.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 17)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", SHIPPED[name])]
     assert 8 <= model.ir_version <= 10
     (image,) = model.graph.input
     assert image.name == "image"
     assert [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim] == ["N", 1, 28, 28]
-    weights = [init for init in model.graph.initializer if init.name.endswith(".weight")]
+    weights = [init for init in model.graph.initializer if len(init.dims) > 1]
     assert {init.data_type for init in weights} == {onnx.TensorProto.FLOAT}
 
 
@@ -70,6 +72,16 @@ def test_condenser_multiplies_by_attention_and_by_a_learned_scale() -> None:
     ]
     assert products == [("Relu", "Sigmoid"), ("Mul", "constant")] * 2
     assert sum(node.op_type == "Resize" for node in graph.node) == 2
+
+
+def test_transformer_is_as_exporters_write_it() -> None:
+    graph = onnx.load(MODELS / "tiny_vit.onnx").graph
+    counts = Counter(node.op_type for node in graph.node)
+    assert (counts["Erf"], counts["Softmax"], counts["Sqrt"], counts["LayerNormalization"]) == (4, 4, 9, 0)
+    assert all(counts[op] for op in ("Shape", "Gather", "Expand", "Reshape", "Transpose"))
+    sizes = {init.name: list(init.dims) for init in graph.initializer}
+    assert sizes["class_token"] == [1, 1, 64]
+    assert sizes["positions"] == [1, 50, 64]
 
 
 def test_calibration_images_are_no_test_images() -> None:

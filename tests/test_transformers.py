@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 
 from qcompiler import compile_model
+from qcompiler.compile import CompileResult
 from tests.support import ops_of, run
 from tests.swin import swin_model, swin_reference, swin_weights
 
+MODELS = Path(__file__).parent.parent / "models"
 SWIN = swin_weights()
 
 
@@ -50,3 +54,40 @@ def test_swin_on_ort_cpu() -> None:
         first, *others = (run(form, feeds, optimize=True)[0] for form in forms.values())
         for other in others:
             np.testing.assert_array_equal(first, other)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images float32 [1000, 1, 28, 28] and their classes."""
+    with np.load(MODELS / "mnist_test.npz") as rows:
+        return rows["x"][:, None].astype(np.float32) / np.float32(255), rows["y"]
+
+
+def tiny_vit(**options: object) -> CompileResult:
+    return compile_model(MODELS / "tiny_vit.onnx", MODELS / "mnist_calib", samples=40, compare=False, **options)
+
+
+def accuracy(model: onnx.ModelProto, digits: tuple[np.ndarray, np.ndarray]) -> float:
+    """In percent."""
+    return float(100 * (run(model, {"image": digits[0]}, optimize=True)[0].argmax(1) == digits[1]).mean())
+
+
+def test_vision_transformer_on_ort_cpu(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    result = tiny_vit()
+    before = accuracy(onnx.load(MODELS / "tiny_vit.onnx"), digits)
+    assert accuracy(result.model, digits) >= before - 0.5
+    counts = Counter(ops_of(result.model))
+    assert (counts["QGemm"], counts["LayerNormalization"], counts["Gelu"], counts["Softmax"]) == (16, 9, 4, 4)
+    assert not {"Erf", "Pow", "Sqrt", "ReduceMean"} & set(counts)
+    assert counts["QuantizeLinear"] == 16  # queries, keys and values share one
+    for form in ("integer", "qdq"):
+        other = tiny_vit(emit=form).model
+        for rows in np.split(digits[0][:200], 4):
+            feeds = {"image": rows}
+            np.testing.assert_array_equal(run(result.model, feeds, True)[0], run(other, feeds, True)[0])
+
+
+def test_vision_transformer_without_data(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    model = compile_model(MODELS / "tiny_vit.onnx", mode="dynamic").model
+    assert accuracy(model, digits) >= accuracy(onnx.load(MODELS / "tiny_vit.onnx"), digits) - 0.5
+    assert Counter(ops_of(model))["DynamicQuantizeMatMul"] == 16
