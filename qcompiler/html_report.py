@@ -16,9 +16,10 @@ import numpy as np
 from qcompiler import __version__, emit, figures
 from qcompiler.compile import CompileResult
 from qcompiler.errors import UserError
-from qcompiler.facts import Facts, Histogram, LayerRow, Recorder, gather
+from qcompiler.facts import Facts, LayerRow, gather
 from qcompiler.instrument import PassTime
 from qcompiler.quant import QuantParams
+from qcompiler.recorder import Histogram, Recorder
 from qcompiler.report import Report, generic
 
 LIBRARIES = ("onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")

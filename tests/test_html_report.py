@@ -16,9 +16,10 @@ import pytest
 
 from qcompiler import UserError, compile_model, facts, figures, html_report
 from qcompiler.compile import CompileResult
-from qcompiler.facts import Facts, Histogram, LayerRow, Recorder, gather
+from qcompiler.facts import Facts, LayerRow, gather
 from qcompiler.html_report import recorder_for, render
 from qcompiler.quant import QuantParams, QuantSpec, dequantize
+from qcompiler.recorder import Histogram, Recorder
 from tests.support import model_from_text, random_feeds
 from tests.test_cli import Run, folder, qcompile  # noqa: F401  (fixtures)
 from tests.test_compile import net, samples
