@@ -259,17 +259,18 @@ def snap_ratio(s_a: float, s_c: float, shift: int = RATIO_SHIFT, limit: float = 
 def snap_scale(factor_of: Callable[[F32], F32], wanted: float, at_least: bool, shift: int = SHIFT) -> np.float32 | None:
     """The float32 scale next to `wanted` whose `factor_of(scale)` is exactly `m * 2**-shift`, m >= 1; None if none is near.
 
-    `factor_of` maps scales to float32 rescale factors and is monotone: proportional or inversely proportional. With
+    `factor_of` maps scales to float32 rescale factors and is a power: proportional, inversely proportional, or a square. With
     `at_least`, scales below `wanted` are taken only if none above fits.
     """
     exact = float(factor_of(np.asarray([wanted], np.float32))[0]) * 2.0**shift
-    rising = float(factor_of(np.asarray([wanted * 1.01], np.float32))[0]) * 2.0**shift > exact
+    growth = float(factor_of(np.asarray([wanted * 2], np.float32))[0]) * 2.0**shift / exact
+    rising = growth > 1
     up = at_least == rising
     start = np.ceil(exact - 1e-6) if up else np.floor(exact + 1e-6)
     steps = np.arange(33 + int(exact / 16)) * (1 if up else -1)
     m = np.concatenate([start + steps, start - steps[1:]])
     m = m[m >= 1]
-    near = neighbours(wanted * (m / exact if rising else exact / m))
+    near = neighbours(wanted * (exact / m if not rising else np.sqrt(m / exact) if growth > 3 else m / exact))
     hit = factor_of(near) == (m * 2.0**-shift).astype(np.float32)
     if not hit.any():
         return None

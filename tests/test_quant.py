@@ -302,6 +302,17 @@ def test_snap_scale_falls_with_the_output_scale_and_rises_with_the_input_scale(s
         assert abs(float(got) / wanted - 1) < 0.13
 
 
+@settings(max_examples=200, deadline=None)
+@given(scale=scales, ratio=st.floats(2.0**-8, 8), at_least=st.booleans())
+def test_snap_scale_of_both_factors_of_a_product(scale, ratio, at_least):
+    output = np.float32(float(scale) ** 2 / ratio)
+    assume(2.0**-60 < output < 2.0**60)
+    got = quant.snap_scale(lambda s: quant.rescale(s, s, output), float(scale), at_least)
+    assert got is not None
+    assert quant.is_dyadic(quant.rescale(got, got, output))
+    assert abs(float(got) / scale - 1) < 0.13
+
+
 @pytest.mark.parametrize("at_least", [True, False])
 def test_snap_scale_keeps_to_its_side(at_least):
     s_a, s_b = np.float32(0.0371), np.float32(0.0093)

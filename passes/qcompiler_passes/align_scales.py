@@ -195,12 +195,14 @@ class _Solver:
         """c = a * b: the factor a multiple of 2**-16; the result moves if it can, else an operand."""
         s_a, s_b, s_c = self.scale(a), self.scale(b), self.scale(c)
         if not quant.is_dyadic(quant.rescale(s_a, s_b, s_c)):
+            leaders = [self.state.leader(x) for x in (a, b, c)]
             factors: dict[str, Callable[[F32], F32]] = {
                 c: lambda s: quant.rescale(s_a, s_b, s),
                 a: lambda s: quant.rescale(s, s_b, s_c),
                 b: lambda s: quant.rescale(s_a, s, s_c),
             }
-            leaders = [self.state.leader(x) for x in (a, b, c)]
+            if leaders[0] == leaders[1] != leaders[2]:  # as queries and keys that one product makes
+                factors, leaders = {c: factors[c], a: lambda s: quant.rescale(s, s, s_c)}, leaders[1:]
             movable = [x for x in factors if self.free(x) and leaders.count(self.state.leader(x)) == 1]
             if movable:
                 self.move(movable[0], quant.snap_scale(factors[movable[0]], float(self.scale(movable[0])), True))
