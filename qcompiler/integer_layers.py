@@ -58,7 +58,7 @@ class NormConstants:
     @classmethod
     def of(cls, x: QuantParams, y: QuantParams, gamma: Array, beta: Array, epsilon: float) -> NormConstants:
         """For input and output params, weights of shape (channels,) and the float epsilon."""
-        factors = 2 ** np.broadcast_to(np.asarray(x.exponents, np.int64), gamma.shape)
+        factors = 2 ** np.broadcast_to(np.asarray(x.exponents or 0, np.int64), gamma.shape)
         steps = 2.0**NORM_BITS / float(y.scale)
         scaled = round(min(epsilon * (gamma.size / float(x.scale)) ** 2, _LARGEST_EPSILON))
         multiplier = np.rint(gamma.astype(np.float64) * steps).astype(np.int64)
@@ -136,9 +136,15 @@ def softmax(q: Array, rate: int, unit: int, largest: int) -> Array:
 
 
 def shift_matmul(codes: Array, v: Array, zero_point: int) -> I64:
-    """sum of (v - zero_point) 2**(LOG_BITS - code) over the tokens (FQ-ViT, section 3.3): attention x V as shifts, int64."""
+    """Attention x V as shifts (FQ-ViT, section 3.3): the mean of v - zero_point weighted by 2**-code, times 2**LOG_BITS, int64.
+
+    Powers of two next to probabilities do not add up to 1. So each row is divided by the sum of its powers, which FQ-ViT does not
+    do: then what all tokens have in common passes without an error.
+    """
     weights = np.int64(2**LOG_BITS) >> np.asarray(codes, np.int64)
-    return np.asarray(weights @ (np.asarray(v, np.int64) - zero_point), np.int64)
+    acc = weights @ (np.asarray(v, np.int64) - zero_point)
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.asarray(np.sign(acc) * ((np.abs(acc) << LOG_BITS) // total), np.int64)
 
 
 def shift_multiplier(s_v: ArrayLike, s_y: ArrayLike) -> tuple[int, int]:

@@ -159,7 +159,8 @@ def _plane(name: str, shift: int) -> str:
 """
 
 
-# The powers of two are cut into bytes, so that ONNX Runtime's int8 kernels multiply with them.
+# The powers of two are cut into bytes, so that ONNX Runtime's int8 kernels multiply with them. Its Sign of int64 would look at
+# the lower halves only; those of a LayerNorm's deviations are all that there is.
 _SHIFT_MATMUL = f"""
 ShiftMatMul (codes, v, zero_point) => (acc) {{
     unit = Constant <value = uint32 {{{2**LOG_BITS}}}> ()
@@ -172,7 +173,18 @@ ShiftMatMul (codes, v, zero_point) => (acc) {{
     high_scaled = Mul (high_wide, base)
     upper = Add (high_scaled, middle_wide)
     upper_scaled = Mul (upper, base)
-    acc = Add (upper_scaled, low_wide)
+    weighted = Add (upper_scaled, low_wide)
+    last = Constant <value = int64[1] {{-1}}> ()
+    weights_wide = Cast <to = 7> (weights)
+    total = ReduceSum <keepdims = 1> (weights_wide, last)
+    nothing = Constant <value = int64 {{0}}> ()
+    is_negative = Less (weighted, nothing)
+    magnitude = Abs (weighted)
+    one = Cast <to = 7> (unit)
+    numerator = Mul (magnitude, one)
+    mean = Div (numerator, total)
+    opposite = Neg (mean)
+    acc = Where (is_negative, opposite, mean)
 }}"""
 
 BODIES = {
@@ -189,5 +201,5 @@ DOCS = {
     f"* 2**{EXP_BITS}",
     "LogIntSoftmax": "softmax over the last axis as codes: 2**-code, at most largest; rate: a step of q in octaves "
     f"* 2**{EXP_BITS}",
-    "ShiftMatMul": f"the sum of (v - zero_point) * 2**({LOG_BITS} - code) over the tokens, int64",
+    "ShiftMatMul": f"the mean of v - zero_point over the tokens, weighted by 2**-code, times 2**{LOG_BITS}: int64",
 }
