@@ -11,7 +11,7 @@ from functools import cache
 import onnx
 from onnx import parser
 
-from qcompiler import layer_functions
+from qcompiler import integer_functions, layer_functions
 
 DOMAIN = "qcompiler"
 
@@ -84,8 +84,9 @@ _DOCS = {
 
 @cache
 def _parsed(name: str) -> bytes:
-    function = parser.parse_function(_HEAD + (_BODIES | layer_functions.BODIES)[name])
-    function.doc_string = (_DOCS | layer_functions.DOCS)[name]
+    bodies = _BODIES | layer_functions.BODIES | integer_functions.BODIES
+    function = parser.parse_function(_HEAD + bodies[name])
+    function.doc_string = (_DOCS | layer_functions.DOCS | integer_functions.DOCS)[name]
     return bytes(function.SerializeToString())
 
 

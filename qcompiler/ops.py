@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from qcompiler import ir
-from qcompiler.integer_layers import MOST_CHANNELS
+from qcompiler import ir, op_checks
 from qcompiler.ir import Node
 
 
@@ -40,6 +39,8 @@ class Lowering(Enum):
     ADD = "add"
     MUL = "mul"
     SUM = "sum"  # a sum over spatial axes, then requantize
+    MEAN = "mean"  # a sum over any axes of any size, then a rounded division
+    SLOPE = "slope"  # a factor above zero and one below, then requantize
     CONCAT = "concat"
     MOVE = "move"  # the operator itself, on integers
     CLIP = "clip"  # integer bounds
@@ -103,76 +104,6 @@ def quantized_rule(rules: Mapping[str, OpRule], node: Node) -> OpRule:
     return rule
 
 
-def _constant_weight(node: Node) -> str | None:
-    if not ir.is_constant(node.inputs[1]):
-        return "the weight is not a constant"
-    bias = ir.optional_input(node, 2)
-    return None if bias is None or ir.is_constant(bias) else "the bias is not a constant"
-
-
-def _matmul(node: Node) -> str | None:
-    weight = ir.value(node.inputs[1])
-    if weight is not None and weight.ndim != 2:
-        return f"the weight has {weight.ndim} dimensions; integer kernels take 2"
-    return "the weight is not a constant" if weight is None else None
-
-
-def _gemm(node: Node) -> str | None:
-    plain = all(node.attrs.get(k, d) == d for k, d in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0)))
-    if not plain:
-        return "alpha, beta, transA or transB are not folded away"
-    bias = ir.optional_input(node, 2)
-    values = None if bias is None else ir.value(bias)
-    if values is not None and values.ndim > 1 and values.size != values.shape[-1]:
-        return "the bias is a matrix"
-    return _constant_weight(node)
-
-
-def _nearest(node: Node) -> str | None:
-    mode = node.attrs.get("mode", "nearest")
-    return None if mode == "nearest" else f"Resize mode {mode} interpolates"
-
-
-def _zero_pad(node: Node) -> str | None:
-    mode = node.attrs.get("mode", "constant")
-    fill = ir.optional_input(node, 2)
-    if mode == "constant" and fill is not None and ir.scalar(fill) != 0:
-        return "the padding value is not zero"
-    return None
-
-
-def _one_output(node: Node) -> str | None:
-    return "the indices output is used" if len(node.outputs) > 1 and not node.outputs[1].is_empty() else None
-
-
-def _spatial_size(node: Node) -> str | None:
-    shape = ir.shape(node.inputs[0])
-    known = shape is not None and all(isinstance(d, int) for d in shape[2:])
-    return None if known else "the spatial size is not static"
-
-
-def _constant_bounds(node: Node) -> str | None:
-    bounds = (ir.optional_input(node, i) for i in (1, 2))
-    return None if all(b is None or ir.scalar(b) is not None for b in bounds) else "the bounds are not constants"
-
-
-def _last_axis(node: Node) -> str | None:
-    rank = len(ir.shape(node.inputs[0]) or ())
-    return None if node.attrs.get("axis", -1) in (-1, rank - 1) else "its axis is not the last one"
-
-
-def _layer_norm(node: Node) -> str | None:
-    scale = ir.value(node.inputs[1])
-    bias = ir.optional_input(node, 2)
-    if scale is None or not (bias is None or ir.is_constant(bias)):
-        return "its scale or bias is not a constant"
-    if scale.ndim != 1 or scale.size > MOST_CHANNELS:
-        return f"it normalizes over more than one axis, or over more than {MOST_CHANNELS} channels"
-    if any(not t.is_empty() for t in node.outputs[1:]):
-        return "the mean or the inverse deviation is used"
-    return _last_axis(node)
-
-
 def _hard_sigmoid(node: Node) -> tuple[float, float]:
     alpha, beta = float(node.attrs.get("alpha", 0.2)), float(node.attrs.get("beta", 0.5))
     return (-beta / alpha, (1 - beta) / alpha) if alpha > 0 else (-math.inf, math.inf)
@@ -220,6 +151,8 @@ _MOVERS = [
     "Expand",
     "Tile",
     "Identity",
+    "ReduceMax",
+    "ReduceMin",
 ]
 _TABLES = [
     "Sigmoid",
@@ -246,10 +179,8 @@ _TABLES = [
 ]
 _FLOATS = [
     "ConvTranspose",
-    "PRelu",
     "LogSoftmax",
     "AveragePool",
-    "ReduceMean",
     "InstanceNormalization",
     "BatchNormalization",
     "Div",
@@ -264,8 +195,8 @@ _FLOATS = [
 OPS: dict[str, OpRule] = {
     op_key(rule.op, rule.domain): rule
     for rule in (
-        OpRule("Conv", _MAC, Result.OWN, Lowering.MAC, weight_axis=0, anchor=True, refuse=_constant_weight),
-        OpRule("Gemm", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=_gemm),
+        OpRule("Conv", _MAC, Result.OWN, Lowering.MAC, weight_axis=0, anchor=True, refuse=op_checks.constant_weight),
+        OpRule("Gemm", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=op_checks.gemm),
         OpRule(
             "MatMul",
             _MAC,
@@ -273,21 +204,23 @@ OPS: dict[str, OpRule] = {
             Lowering.MAC,
             weight_axis=1,
             anchor=True,
-            refuse=_matmul,
+            refuse=op_checks.matmul,
             of_activations=OpRule("MatMul", _ACT, Result.OWN, Lowering.PRODUCT, anchor=True),
         ),
-        OpRule("LayerNormalization", _OTHER, Result.OWN, Lowering.NORM, anchor=True, refuse=_layer_norm),
-        OpRule("Softmax", _ACT, Result.OWN, Lowering.SOFTMAX, refuse=_last_axis),
+        OpRule("LayerNormalization", _OTHER, Result.OWN, Lowering.NORM, anchor=True, refuse=op_checks.layer_norm),
+        OpRule("Softmax", _ACT, Result.OWN, Lowering.SOFTMAX, refuse=op_checks.last_axis),
         OpRule("Add", _ACT, Result.OWN, Lowering.ADD),
         OpRule("Mul", _ACT, Result.OWN, Lowering.MUL),
         OpRule("Concat", _ACT, Result.OWN, Lowering.CONCAT),
-        OpRule("GlobalAveragePool", _ACT, Result.OWN, Lowering.SUM, refuse=_spatial_size),
+        OpRule("GlobalAveragePool", _ACT, Result.OWN, Lowering.SUM, refuse=op_checks.spatial_size),
+        OpRule("ReduceMean", _OTHER, Result.OWN, Lowering.MEAN, refuse=op_checks.constant_axes),
+        OpRule("PRelu", _OTHER, Result.OWN, Lowering.SLOPE, refuse=op_checks.constant_slope),
         OpRule("Relu", _ACT, Result.SAME, Lowering.CLIP),
-        OpRule("Clip", _OTHER, Result.SAME, Lowering.CLIP, refuse=_constant_bounds),
-        OpRule("MaxPool", _ACT, Result.SAME, Lowering.MOVE, refuse=_one_output),
+        OpRule("Clip", _OTHER, Result.SAME, Lowering.CLIP, refuse=op_checks.constant_bounds),
+        OpRule("MaxPool", _ACT, Result.SAME, Lowering.MOVE, refuse=op_checks.one_output),
         OpRule("GlobalMaxPool", _ACT, Result.SAME, Lowering.NONE),
-        OpRule("Pad", _OTHER, Result.SAME, Lowering.MOVE, refuse=_zero_pad),
-        OpRule("Resize", _OTHER, Result.SAME, Lowering.MOVE, refuse=_nearest),
+        OpRule("Pad", _OTHER, Result.SAME, Lowering.MOVE, refuse=op_checks.finite_pad),
+        OpRule("Resize", _OTHER, Result.SAME, Lowering.MOVE, refuse=op_checks.nearest),
         *(OpRule(op, _OTHER, Result.SAME, Lowering.MOVE) for op in _MOVERS),
         *(_table(op) for op in _TABLES),
         replace(_table("QuickGelu", ir.CONTRIB_DOMAIN), saturates=_quick_gelu),

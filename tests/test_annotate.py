@@ -59,7 +59,7 @@ def reasons(state: CompileState) -> dict[str, str]:
         ("c = Conv(x, w) y = Softmax(c)", "its uint8 kernel is slower than float, or there is none"),
         ("c = Conv(x, w) y = Sigmoid(c)", "nothing quantized reads its result"),
         ("s = Sigmoid(x) y = Conv(s, w)", "its input 'x' is a float tensor"),
-        ("c = Conv(x, w) p = Pad(c, pads, half) y = Conv(p, w)", "the padding value is not zero"),
+        ("c = Conv(x, w) p = Pad(c, pads, inf) y = Conv(p, w)", "the padding value is not a finite constant"),
         ('c = Conv(x, w) p = Resize<mode="linear">(c, , scales) y = Conv(p, w)', "Resize mode linear interpolates"),
         ("c = Conv(x, w) p = CumSum(c, axis) y = Conv(p, w)", "CumSum has no row in the operator table"),
         ("c = Conv(x, w) p = GlobalMaxPool(c) y = Conv(p, w)", "GlobalMaxPool has no integer kernel on ort-cpu"),

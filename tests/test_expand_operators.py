@@ -141,7 +141,6 @@ def test_resize_by_whole_numbers_needs_no_size() -> None:
         ("y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(x)", "its size is not static"),
         ("y = ConvTranspose<strides=[2,3]>(x, w)", "its strides differ"),
         ("y = ConvTranspose<output_shape=[9,9]>(x, w)", "output_shape of an input"),
-        ("y = PRelu(x, slopes)", "a slope per channel"),
     ],
 )
 def test_refusals(text: str, reason: str) -> None:
@@ -150,7 +149,6 @@ def test_refusals(text: str, reason: str) -> None:
         "two": np.float32([1, 1, 2, 2]),
         "roi": np.float32([0, 0, 0, 0, 1, 1, 1, 1]),
         "w": weights(4, 4, 3, 3),
-        "slopes": weights(4, 1, 1),
     }
     used = {k: v for k, v in given.items() if k in text.replace(")", " ").replace(",", " ").split()}
     _, state = expanded(f"g (float[N,4,H,W] x) => (float[] y) {{ {text} }}", **used)
@@ -174,26 +172,20 @@ def test_average_pool_of_any_geometry(attrs: str) -> None:
     assert set(ops) <= {"Transpose", "MatMul"}
 
 
-def test_one_slope_is_leaky_relu_on_every_target() -> None:
-    text = "g (float[1,2,4,4] x) => (float[] y) { y = PRelu(x, slope) }"
-    _, state = expanded(text, ORT_CPU, slope=np.float32([[[0.25]]]))
-    [node] = state.graph.nodes
-    assert (node.op, node.attrs) == ("LeakyRelu", {"alpha": 0.25})
-
-
 def test_pools_of_any_size_are_reductions() -> None:
     text = "g (float[N,2,H,W] x) => (float[] y) { a = GlobalAveragePool(x) m = GlobalMaxPool(x) y = Add(a, m) }"
     assert assert_same(text, (1, 2, 5, 6)) == ["ReduceMean", "ReduceMax", "Add"]
     assert assert_same(text, (1, 2, 5, 6), 17) == ["ReduceMean", "ReduceMax", "Add"]
 
 
-def test_ort_cpu_takes_windows_that_overlap_evenly() -> None:
-    text = "g (float[1,4,5,5] x) => (float[] y) {{ y = ConvTranspose<strides=[2,2], kernel_shape=[{0},{0}]>(x, w) }}"
-    ops = {}
-    for kernel in (2, 3, 4):
-        _, state = expanded(text.format(kernel), ORT_CPU, w=weights(4, 4, kernel, kernel))
-        ops[kernel] = [n.op for n in state.graph.nodes]
-    assert ops == {2: ["ConvTranspose"], 3: ["ConvTranspose"], 4: ["Conv", "DepthToSpace"]}
+@pytest.mark.parametrize(
+    ("channels", "kernel", "attrs", "pays"),
+    [(16, 2, "", False), (16, 3, "", True), (16, 4, "", True), (8, 4, "", False), (32, 4, ", group=2", False)],
+)
+def test_ort_cpu_takes_what_is_dense_and_overlaps(channels: int, kernel: int, attrs: str, pays: bool) -> None:
+    text = f"g (float[1,{channels},5,5] x) => (float[] y) {{ y = ConvTranspose<strides=[2,2]{attrs}>(x, w) }}"
+    _, state = expanded(text, ORT_CPU, w=weights(channels, 4, kernel, kernel))
+    assert ("Conv" in [n.op for n in state.graph.nodes]) == pays
 
 
 def test_what_the_user_keeps_in_float_stays() -> None:

@@ -244,16 +244,16 @@ GOLDEN: dict[str, Golden] = {
     ),
     "expand-operators": Golden(
         "y = ConvTranspose<strides=[2,2], pads=[1,1,1,1]>(x, w, b)",
-        {"w": np.ones((1, 1, 4, 4), np.float32), "b": np.float32([0.5])},
+        {"w": np.ones((16, 1, 4, 4), np.float32), "b": np.float32([0.5])},
         """
-        inputs: x:float32[1,1,2,2]
-        ConvTranspose_y_phases_output = Conv{group=1, pads=[1,1,1,1]}(x, float32[4,1,2,2], float32[4])
+        inputs: x:float32[1,16,2,2]
+        ConvTranspose_y_phases_output = Conv{group=1, pads=[1,1,1,1]}(x, float32[4,16,2,2], float32[4])
         ConvTranspose_y_1_output = DepthToSpace{blocksize=2, mode=CRD}(ConvTranspose_y_phases_output)
         y = Slice(ConvTranspose_y_1_output, int64[2], int64[2], int64[2])
         outputs: y:float32[1,1,4,4]
         """,
         before="normalize",
-        signature="float[1,1,2,2] x) => (float[1,1,4,4] y",
+        signature="float[1,16,2,2] x) => (float[1,1,4,4] y",
     ),
     "fold-batchnorm": Golden(
         "c = Conv(x, w) y = BatchNormalization<epsilon = 0.0>(c, s, t, m, q)",

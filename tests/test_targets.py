@@ -41,6 +41,10 @@ CASES: dict[str, list[str]] = {
     ],
     "Concat": ["m = Concat<axis=1>(a, b)", "m = Concat<axis=1>(a, a)", "m = Concat<axis=2>(a, b, a)"],
     "GlobalAveragePool": ["m = GlobalAveragePool(a)"],
+    "ReduceMean": ["m = ReduceMean(a, space)", "p = ReduceMean(a, axis1) m = Mul(p, a)"],
+    "ReduceMax": ["m = ReduceMax(a, space)"],
+    "ReduceMin": ["m = ReduceMin(a, space)"],
+    "PRelu": ["m = PRelu(a, per_channel)"],
     "Relu": ["c = Concat<axis=1>(a, b) m = Relu(c)"],
     "Clip": ["c = Concat<axis=1>(a, b) m = Clip(c, zero, half)", "c = Concat<axis=1>(a, b) m = Clip(c, , half)"],
     "MaxPool": [
@@ -51,12 +55,17 @@ CASES: dict[str, list[str]] = {
     "Pad": [
         "m = Pad(a, pads)",
         "m = Pad(a, pads, zero)",
+        "m = Pad(a, pads, half)",
         'm = Pad<mode="edge">(a, pads)',
         'm = Pad<mode="reflect">(a, pads)',
     ],
     "Resize": [
         'm = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor">(a, , scales)',
         'm = Resize<mode="nearest">(a, , , sizes)',
+        *(
+            f'm = Resize<mode="nearest", coordinate_transformation_mode="{where}", nearest_mode="ceil">(a, , , sizes)'
+            for where in ("half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
+        ),
     ],
     "Reshape": ["m = Reshape(a, tokens)", "m = Reshape(a, image)"],
     "Flatten": ["m = Flatten(a)"],
@@ -117,6 +126,8 @@ CONSTANTS: dict[str, Any] = {
     "tokens": [1, 8, 64],
     "image": [1, 8, 8, 8],
     "axis0": [0],
+    "axis1": [1],
+    "space": [2, 3],
     "axis3": [3],
     "one": [1],
     "five": [5],

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from qcompiler import ir, quant
+from qcompiler import integer_functions, ir, quant
 from qcompiler.ir import Node
 from qcompiler.ops import Lowering, quantized_rule
 from qcompiler.quant import F32, QuantParams
@@ -54,9 +54,14 @@ class AlignScales:
                 fits = state.specs[a].log2 or solver.mul(a, b, output)
             elif lowering is Lowering.MUL:
                 solver.gate(node.inputs[0].name, node.inputs[1].name, output)
+                solver.settle_mean(node)
                 fits = solver.mul(node.inputs[0].name, node.inputs[1].name, output)
             elif lowering is Lowering.SUM:
                 fits = solver.mean(node.inputs[0].name, output, spatial_size(node))
+            elif lowering is Lowering.MEAN:
+                fits = solver.mean_of_any_size(node.inputs[0].name, output)
+            elif lowering is Lowering.SLOPE:
+                fits = solver.prelu(node.inputs[0].name, output)
             elif lowering is Lowering.CONCAT:
                 solver.concat(node, output, self.concat_tie)
             if not fits:
@@ -219,6 +224,40 @@ class _Solver:
                 self.move(x, quant.snap_scale(lambda s: mean_factor(s, s_y, size), float(s_x), True))
         self.pin(x, y)
         return bool(quant.is_dyadic(mean_factor(self.scale(x), self.scale(y), size)))
+
+    def settle_mean(self, product: Node) -> None:
+        """x * mean of x: settle the ratio of the two, which the product would pin."""
+        for x, mean in (product.inputs, product.inputs[::-1]):
+            maker = ir.producer(mean)
+            block = None if maker is None else self.state.blocks.get(maker.name)
+            if maker is None or block is None or not block.quantized or maker.inputs[0] is not x:
+                continue
+            is_mean = quantized_rule(self.state.ops, maker).lowering is Lowering.MEAN
+            if is_mean and self.free(x.name) and self.free(mean.name):
+                self.mean_of_any_size(x.name, mean.name)
+
+    def mean_of_any_size(self, x: str, y: str) -> bool:
+        """y = mean of x: its scale 2**-n of that of x."""
+        s_x, s_y = float(self.scale(x)), float(self.scale(y))
+        apart = self.state.leader(x) != self.state.leader(y)
+        if self.free(y) and apart:
+            self.move(y, integer_functions.halved(s_x, s_y))
+        elif self.free(x) and apart:
+            self.move(x, integer_functions.doubled(s_y, s_x))
+        self.pin(x, y)
+        return integer_functions.halvings(float(self.scale(x)), float(self.scale(y))) is not None
+
+    def prelu(self, x: str, y: str) -> bool:
+        """y = PRelu of x: the ratio of their scales a multiple of 2**-12 without ties."""
+        s_x, s_y = float(self.scale(x)), float(self.scale(y))
+        ratio = integer_functions.snap_slope(s_x, s_y)
+        apart = self.state.leader(x) != self.state.leader(y)
+        if self.free(x) and apart:
+            self.move(x, np.float32(ratio * s_y))
+        elif self.free(y) and apart:
+            self.move(y, np.float32(s_x / ratio))
+        self.pin(x, y)
+        return integer_functions.upper_slope(float(self.scale(x)), float(self.scale(y))) is not None
 
     def multipliers_fit(self, node: Node, output: str) -> bool:
         """Whether the multipliers of a Conv, Gemm or MatMul are still int32 numbers after an Add moved its input's scale."""

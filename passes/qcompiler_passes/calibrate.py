@@ -154,6 +154,8 @@ def _passed_on(state: CompileState, tensor: Tensor) -> bool:
     if maker is None or rule is None or rule.lowering is not Lowering.MOVE:
         return False
     source = maker.inputs[0].name
+    if maker.op == "Pad" and (fill := ir.optional_input(maker, 2)) is not None and ir.scalar(fill) != 0:
+        return False
     return source in state.specs and state.leader(source) == state.leader(tensor.name)
 
 

@@ -22,10 +22,10 @@ class ExpandOperators:
     """Write operators, where the target asks for it, as ones that it runs in integers. They compute the same function.
 
     ConvTranspose becomes a Conv that makes the pixels of each phase as channels, and DepthToSpace: all with
-    `conv-transpose-as-conv`, those whose windows overlap evenly with `overlapping-conv-transpose-as-conv`. With
+    `conv-transpose-as-conv`, dense ones whose windows overlap with `overlapping-conv-transpose-as-conv`. With
     `interpolation-as-product`, Resize becomes such a Conv or a product with a constant matrix per axis, and so does an
     AveragePool whose windows have different divisors. With `pool-as-reduce`, GlobalAveragePool of a size that is not static
-    becomes ReduceMean, and GlobalMaxPool ReduceMax. On every target, PRelu with one slope becomes LeakyRelu.
+    becomes ReduceMean, and GlobalMaxPool ReduceMax.
     """
 
     name: ClassVar[str] = "expand-operators"
@@ -35,7 +35,7 @@ class ExpandOperators:
     def run(self, state: CompileState) -> int:
         """Return the number of operators expanded."""
         wanted = state.target.rewrites
-        rules: dict[str, Rule] = {"PRelu": leaky_relu}
+        rules: dict[str, Rule] = {}
         if wanted & {"conv-transpose-as-conv", "overlapping-conv-transpose-as-conv"}:
             rules["ConvTranspose"] = conv_transpose
         if "interpolation-as-product" in wanted:
@@ -46,15 +46,6 @@ class ExpandOperators:
         if count:
             infer_shapes(state.graph)
         return count
-
-
-def leaky_relu(rewriter: Rewriter, node: Node) -> Refusal | None:
-    """PRelu with one slope -> LeakyRelu."""
-    slope, rank = ir.value(node.inputs[1]), len(ir.shape(node.inputs[0]) or ())
-    if slope is None or slope.size != 1 or slope.ndim > rank:
-        return Refusal("it has a slope per channel, or one that is not a constant", node.inputs[1].name)
-    new = rewriter.node("LeakyRelu", node.inputs[:1], origin=node, alpha=float(slope.reshape(-1)[0]))
-    return _replace(rewriter, node, new)
 
 
 def global_average(rewriter: Rewriter, node: Node) -> Refusal | None:

@@ -16,6 +16,7 @@ from qcompiler.rewrite import Refusal, Rewriter
 from qcompiler.runtime import run, session
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.align_scales import mean_factor, spatial_size
+from qcompiler_passes.fold_functions import fold_mean, fold_slopes
 from qcompiler_passes.form_blocks import activation_bounds
 from qcompiler_passes.insert_qdq import integer_bounds
 from qcompiler_passes.integer_nodes import dequantized, operands, quantizer, requantize, rescale
@@ -215,6 +216,8 @@ _FOLDS: dict[Lowering, _Fold] = {
     Lowering.MUL: _fold_mul,
     Lowering.SUM: _fold_mean,
     Lowering.CLIP: _fold_clip,
+    Lowering.MEAN: fold_mean,
+    Lowering.SLOPE: fold_slopes,
     Lowering.TABLE: _fold_table,
     Lowering.CONCAT: _fold_concat,
 }

@@ -13,6 +13,7 @@ from qcompiler.ops import Lowering, OpRule, quantized_rule
 from qcompiler.quant import QuantParams, QuantSpec
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import Block, CompileState, Phase
+from qcompiler_passes.fold_functions import count_in_steps, round_slopes
 from qcompiler_passes.write_layers import write_layers
 
 BIAS = QuantSpec("int32", -(2**31), 2**31 - 1, symmetric=True)
@@ -45,6 +46,7 @@ class InsertQdq:
             if block is not None and block.quantized:
                 inserter.block(node, block)
         inserter.boundaries()
+        count_in_steps(inserter.rewriter)
         write_layers(inserter.rewriter)
         return inserter.rewriter.finish() or inserter.count
 
@@ -81,6 +83,8 @@ class _Inserter:
                 self._constant(root, index, array, params)
         if rule.lowering is Lowering.MAC:
             self._weights(root, rule)
+        if rule.lowering is Lowering.SLOPE:
+            round_slopes(self.rewriter, root, *(self.state.params[t.name] for t in (root.inputs[0], root.outputs[0])))
         if rule.lowering is not Lowering.TABLE:
             self._activation(root, block)
         self.made_by_block.update(block.outputs)

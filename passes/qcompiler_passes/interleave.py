@@ -19,6 +19,9 @@ from qcompiler_passes.match import static_axis
 
 END = np.iinfo(np.int64).max
 
+LEAST_CHANNELS = 16
+"""Input channels from which convolutions in int8 are faster than in float."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -69,8 +72,8 @@ def conv_transpose(rewriter: Rewriter, node: Node) -> Refusal | None:
     if isinstance(axes, Refusal):
         return axes
     target = rewriter.state.target
-    if "conv-transpose-as-conv" not in target.rewrites and not _is_overlapping(axes):
-        return Refusal(f"its windows do not overlap evenly, so that {target.name} would gain nothing", node.name)
+    if "conv-transpose-as-conv" not in target.rewrites and not _pays(linear, axes):
+        return Refusal(f"its windows do not overlap, or it is narrow: {target.name} would gain nothing", node.name)
     sizes = [static_axis(node.inputs[0], 2 + i) for i in range(len(axes))]
     if not can_interleave([a.stride for a in axes], sizes):
         return Refusal("its strides differ and its size is not static", node.name)
@@ -78,10 +81,10 @@ def conv_transpose(rewriter: Rewriter, node: Node) -> Refusal | None:
     return None
 
 
-def _is_overlapping(axes: Sequence[Axis]) -> bool:
-    """Whether every result reads several inputs, and all equally many."""
-    even = all(a.kernel % a.stride == 0 and a.dilation == 1 for a in axes)
-    return even and all(a.stride > 1 and a.taps > 1 for a in axes)
+def _pays(linear: Linear, axes: Sequence[Axis]) -> bool:
+    """Whether the windows overlap, and the Conv has the channels for a fast kernel: one tap is not worth moving the pixels."""
+    overlap = all(a.stride > 1 and a.taps > 1 and a.dilation == 1 for a in axes)
+    return overlap and linear.weight.shape[0] == 1 and linear.weight.shape[2] >= LEAST_CHANNELS
 
 
 def _axes(node: Node, linear: Linear) -> list[Axis] | Refusal:

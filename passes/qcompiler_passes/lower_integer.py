@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qcompiler import ir
+from qcompiler import ir, quant
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, quantized_rule
 from qcompiler.rewrite import Refusal, Rewriter
@@ -95,8 +95,9 @@ def _lower_mover(rewriter: Rewriter, node: Node) -> Refusal | None:
         return Refusal("its input and output have different params", node.name)
     inputs = [data.inputs[0], *node.inputs[1:]]
     if node.op == "Pad":
-        zero = rewriter.constant(f"{node.name}_zero", np.asarray(params.zero_point, params.spec.dtype))
-        inputs[2:3] = [zero]
+        given = ir.optional_input(node, 2)
+        fill = quant.quantize(np.zeros(()) if given is None else ir.array(given).reshape(()), params)
+        inputs[2:3] = [rewriter.constant(f"{node.name}_fill", fill)]
     moved = rewriter.node(node.op, inputs, len(node.outputs), origin=node, domain=node.domain or "", **node.attrs)
     for index, q in enumerate(quantizers):
         assert q is not None

@@ -21,7 +21,9 @@ ORT_CPU = Target(
     activation=QuantSpec("uint8", 0, 255),
     weight=QuantSpec("int8", -128, 127, symmetric=True),
     lowerings=_ALL - _LAYERS,
-    stays_float=dict.fromkeys(("Softmax", "ConvTranspose", "PRelu", "Where", "AveragePool"), _SLOW),
+    stays_float=dict.fromkeys(
+        ("Softmax", "ConvTranspose", "PRelu", "Where", "AveragePool", "ReduceMean", "ReduceMax", "ReduceMin"), _SLOW
+    ),
     float_result=frozenset({"Gemm", "MatMul"}),
     kernels=frozenset(
         {
@@ -74,6 +76,7 @@ INTEGER = Target(
             "average-pool-as-conv",
             "conv-transpose-as-conv",
             "interpolation-as-product",
+            "pool-as-reduce",
             "sub-as-add",
         }
     ),
