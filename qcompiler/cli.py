@@ -61,11 +61,15 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command in a process of its own and exit: 0 done, 2 the user's error, 70 ours, 130 interrupted."""
+    """Run the command and exit: 0 done, 2 the user's error, 70 ours, 130 interrupted.
+
+    The command of this process gets a worker process; one that is given here, with `argv`, runs in this one.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    code = supervise.start("--debug" in arguments)
+    supervise.prepare()
+    code = supervise.start("--debug" in arguments) if argv is None else None
     sys.exit(_run(arguments) if code is None else code)
 
 

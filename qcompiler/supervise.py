@@ -33,6 +33,11 @@ _PDEATHSIG = 1
 _channel: int | None = None
 
 
+def prepare() -> None:
+    """Let this process unwind its stack when it is told to end."""
+    signal.signal(signal.SIGTERM, _leave)
+
+
 def start(debug: bool = False) -> int | None:
     """Fork; return None in the worker, and in the parent, when the worker has ended, the exit code.
 
@@ -41,7 +46,6 @@ def start(debug: bool = False) -> int | None:
     """
     global _channel  # noqa: PLW0603  (a process has one parent)
     if not hasattr(os, "fork") or threading.active_count() > 1 or "numpy" in sys.modules:
-        signal.signal(signal.SIGTERM, _leave)
         return None
     (news, channel), (noise, muffled) = os.pipe(), os.pipe()
     parent, pid = os.getpid(), os.fork()

@@ -19,7 +19,7 @@ from qcompiler.compile import CompileResult
 from qcompiler.facts import Facts, LayerRow, gather
 from qcompiler.html_report import recorder_for, render
 from qcompiler.quant import QuantParams, QuantSpec, dequantize
-from qcompiler.recorder import Histogram, Recorder
+from qcompiler.recorder import BINS, Histogram, Recorder
 from tests.support import model_from_text, random_feeds
 from tests.test_cli import Run, folder, qcompile  # noqa: F401  (fixtures)
 from tests.test_compile import net, samples
@@ -215,7 +215,7 @@ def test_histograms_hold_the_values() -> None:
     _, found, _ = page_of(net(), samples(20))
     for row in found.layers:
         assert row.histogram is not None and row.histogram.low <= row.histogram.high
-        assert len(row.histogram.counts) == facts.BINS and sum(row.histogram.counts) > 0
+        assert len(row.histogram.counts) == BINS and sum(row.histogram.counts) > 0
     relu = next(row for row in found.layers if "Relu" in row.op or row.op.startswith("Conv"))
     assert relu.histogram is not None and relu.histogram.low == 0
 

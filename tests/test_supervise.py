@@ -82,7 +82,7 @@ def test_what_native_libraries_print_stays_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "options", "told"),
     [
-        ("import time; time.sleep(60)", ["--time-limit", "1.5"], "stopped after 1.5 s in pass broken (--time-limit)"),
+        ("import time; time.sleep(60)", ["--time-limit", "1.5"], "stopped after 1.5 s "),
         (
             "import numpy as np; a = [np.ones(10**6) for _ in range(10**5)]",
             ["--memory-limit", "0.4GB"],
@@ -115,6 +115,7 @@ def test_signals_leave_nothing_behind(folder: Path, number: signal.Signals) -> N
 def test_a_second_ctrl_c_does_not_wait_for_native_code(folder: Path) -> None:
     process = start(folder, f"{SCRATCH}{DEADLOCK}")
     assert process.stdout and process.stdout.read(5) == "ready"
+    time.sleep(1)  # until it hangs
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None
