@@ -38,6 +38,7 @@ class Golden:
     signature: str = "float[1,1,2,2] x) => (float[1,1,2,2] y"
     show: Callable[[CompileState], list[str]] = field(default=lambda state: [])
     keep_float: Mapping[str, str] = field(default_factory=dict)
+    target: str = "ort-cpu"
 
 
 def blocks(state: CompileState) -> list[str]:
@@ -66,6 +67,11 @@ def work(state: CompileState) -> list[str]:
 def params(state: CompileState) -> list[str]:
     """A line per tensor that has params."""
     return [f"params {n} {p.spec.dtype} {float(p.scale.max()):.4g} {p.zero_point}" for n, p in state.params.items()]
+
+
+def factors(state: CompileState) -> list[str]:
+    """A line per tensor that has Power-of-Two Factors."""
+    return [f"factors {n} {float(p.scale):.4g} * 2**{p.exponents}" for n, p in state.params.items() if p.exponents]
 
 
 def imported(state: CompileState) -> list[str]:
@@ -508,6 +514,21 @@ GOLDEN: dict[str, Golden] = {
         signature="float[1,3,128,128] x) => (float[1,64,128,128] y",
         show=placed,
     ),
+    "power-of-two-factors": Golden(
+        "c = Conv(x, w) s = Add(c, k) y = LayerNormalization(s, g)",
+        {"w": f(0.03), "k": f(0, 30, shape=(2,)), "g": f(1, 1, shape=(2,))},
+        """
+        inputs: x:float32[1,1,2,2]
+        c = Conv(x, 0.03)
+        s = Add(c, float32[2])
+        y = LayerNormalization(s, float32[2])
+        outputs: y:float32[1,1,2,2]
+        factors s 0.01487 * 2**(0, 3)
+        """,
+        before="form-blocks,annotate,calibrate{collector=minmax}",
+        show=factors,
+        target="integer",
+    ),
     "quantize-blocks": Golden(
         "y = MatMul(x, w)",
         {"w": np.ones((16, 1024), np.float32)},
@@ -626,7 +647,7 @@ def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
 
 def start(golden: Golden) -> CompileState:
     model = model_from_text(f"g ({golden.signature}) {{ {golden.body} }}", golden.constants)
-    target, collectors = REGISTRY.targets["ort-cpu"], REGISTRY.collectors
+    target, collectors = REGISTRY.targets[golden.target], REGISTRY.collectors
     graph, channels = ir.from_proto(model), model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     samples = [{name: np.repeat(x, channels, axis=1) for name, x in sample.items()} for sample in SAMPLES]
     state = CompileState(graph, target, REGISTRY.ops, calibration=samples, collectors=collectors)

@@ -90,12 +90,16 @@ CASES: dict[str, list[str]] = {
     "Sqrt": ["p = Abs(a) m = Sqrt(p)"],
     "Reciprocal": ["p = Sigmoid(a) m = Reciprocal(p)"],
     "com.microsoft.QuickGelu": ["m = com.microsoft.QuickGelu<alpha=1.0>(a)", "m = com.microsoft.QuickGelu(a)"],
+    "LayerNormalization": ["m = LayerNormalization(a, gamma, beta)", "m = LayerNormalization<axis=3, epsilon=1.0>(a, gamma)"],
+    "Softmax": ["m = Softmax(a)", "s = MatMul(a, b) p = Softmax<axis=3>(s) m = MatMul(p, b)"],
     "com.microsoft.Gelu": ["m = com.microsoft.Gelu(a)"],
     "com.microsoft.FastGelu": ["m = com.microsoft.FastGelu(a)"],
 } | {
     op: [f"m = {op}(a)"]
     for op in ("Sigmoid", "HardSwish", "Tanh", "Softplus", "Softsign", "Erf", "Mish", "Abs", "Neg", "Exp", "Sin", "Cos")
 }
+
+INTEGER_CASES = ("Conv", "Gemm", "Tanh", "LayerNormalization", "Softmax")
 
 KERNELS = {
     "Conv": "QLinearConv",
@@ -116,6 +120,8 @@ CONSTANTS: dict[str, Any] = {
     "w8": weights(8, 8),
     "w64": weights(64, 8),
     "bias": np.linspace(-1, 1, 8, dtype=np.float32),
+    "gamma": np.linspace(-2, 1, 8, dtype=np.float32),
+    "beta": np.linspace(1, -1, 8, dtype=np.float32),
     "per_channel": np.linspace(-2, 1, 8, dtype=np.float32).reshape(8, 1, 1),
     "one_bias": np.float32([0.3]),
     "half": 0.5,
@@ -181,7 +187,7 @@ def test_ort_cpu_runs_what_it_claims(key: str, middle: str) -> None:
         assert KERNELS[key] in [n.op_type for n in forms.kernels.graph.node]
 
 
-@pytest.mark.parametrize(("key", "middle"), [p for p in cases(INTEGER) if p.values[0] in ("Conv", "Gemm", "Tanh")])
+@pytest.mark.parametrize(("key", "middle"), [p for p in cases(INTEGER) if p.values[0] in INTEGER_CASES])
 def test_the_integer_target_ends_in_standard_integer_operators(key: str, middle: str) -> None:
     forms = all_forms(between_layers(middle), INTEGER)
     assert_bit_identical(forms)

@@ -56,11 +56,10 @@ class PowerOfTwoFactors:
 
 
 def _takes_factors(state: CompileState, tensor: Tensor) -> bool:
-    """Whether LayerNorm reads a tensor, and nothing but LayerNorm and sums of the same width read it."""
+    """Whether LayerNorm reads a tensor, and nothing but LayerNorm and sums read it."""
     params = state.params.get(tensor.name)
     tied = tensor.name in state.ties or tensor.name in state.ties.values()
-    shape = ir.shape(tensor) or (None,)
-    if params is None or params.exponents or tied or ir.is_constant(tensor) or not isinstance(shape[-1], int):
+    if params is None or params.exponents or tied or ir.is_constant(tensor):
         return False
     lowerings = []
     for node in tensor.outputs:
@@ -69,20 +68,19 @@ def _takes_factors(state: CompileState, tensor: Tensor) -> bool:
             return False
         if block.quantized:
             lowerings.append(rule.lowering)
-            if rule.lowering is Lowering.ADD and not _plain_sum(state, node, shape[-1]):
+            if rule.lowering is Lowering.ADD and not _plain_sum(state, node):
                 return False
     maker = ir.producer(tensor)
     made = None if maker is None else state.blocks.get(maker.name)
-    if maker is not None and (made is None or (made.quantized and not _plain_sum(state, maker, shape[-1]))):
+    if maker is not None and (made is None or (made.quantized and not _plain_sum(state, maker))):
         return False
     return Lowering.NORM in lowerings and set(lowerings) <= {Lowering.NORM, Lowering.ADD}
 
 
-def _plain_sum(state: CompileState, node: ir.Node, width: int) -> bool:
-    """Whether a node is an Add of that width alone in its block: an absorbed activation has bounds for all channels alike."""
+def _plain_sum(state: CompileState, node: ir.Node) -> bool:
+    """Whether a node is an Add alone in its block: an absorbed activation has bounds for all channels alike."""
     rule, block = rule_of(state.ops, node), state.blocks[node.name]
-    shape = ir.shape(node.outputs[0]) or (None,)
-    return rule is not None and rule.lowering is Lowering.ADD and block.nodes == (node.name,) and shape[-1] == width
+    return rule is not None and rule.lowering is Lowering.ADD and block.nodes == (node.name,)
 
 
 def _widest(
