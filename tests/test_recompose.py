@@ -498,6 +498,18 @@ def test_not_softmax() -> None:
     assert "large inputs overflow" in found["n2"]
 
 
+def test_infinite_masks_of_softmax_become_finite() -> None:
+    mask = np.triu(np.full((4, 8), -np.inf), 1)
+    model = _model("s = Add(x, mask) y = Softmax(s)", mask=mask)
+    after, _ = _check(model, ["Add", "Softmax"])
+    assert np.isfinite(onnx.numpy_helper.to_array(after.graph.initializer[0])).all()
+
+
+@pytest.mark.parametrize("body", ["y = Add(x, mask)", "s = Add(x, mask) t = Neg(s) y = Softmax(t)"])
+def test_infinite_constants_elsewhere_stay(body: str) -> None:
+    assert _refusals(_model(body, mask=np.triu(np.full((4, 8), -np.inf), 1))) == {}
+
+
 @pytest.mark.parametrize(
     ("shape", "first", "perm", "last"),
     [

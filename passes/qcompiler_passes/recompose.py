@@ -26,7 +26,7 @@ from qcompiler_passes.match import (
     scalar_operand,
     source,
 )
-from qcompiler_passes.recompose_layers import channel_shuffle, softmax
+from qcompiler_passes.recompose_layers import channel_shuffle, finite_mask, softmax
 from qcompiler_passes.recompose_norms import fold_affine, layer_normalization, rms_normalization, shifted_normalization
 
 
@@ -256,7 +256,7 @@ RULES: dict[str, Rule] = {
     "PRelu": single_slope,
     "Mul": first_of(gated, hard_sigmoid, fold_affine, layer_normalization, rms_normalization),
     "Div": first_of(gated, hard_sigmoid, layer_normalization, rms_normalization, softmax),
-    "Add": first_of(fold_affine, shifted_normalization),
+    "Add": first_of(fold_affine, shifted_normalization, finite_mask),
     "Reshape": channel_shuffle,
     "Gather": channel_shuffle,
 }
