@@ -648,8 +648,10 @@ def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
 def start(golden: Golden) -> CompileState:
     model = model_from_text(f"g ({golden.signature}) {{ {golden.body} }}", golden.constants)
     target, collectors = REGISTRY.targets[golden.target], REGISTRY.collectors
-    graph, channels = ir.from_proto(model), model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
-    samples = [{name: np.repeat(x, channels, axis=1) for name, x in sample.items()} for sample in SAMPLES]
+    graph, dims = ir.from_proto(model), model.graph.input[0].type.tensor_type.shape.dim
+    samples = [{name: np.repeat(x, dims[1].dim_value, axis=1) for name, x in sample.items()} for sample in SAMPLES]
+    if len(dims) == 2:
+        samples = [{name: x.reshape(-1, dims[1].dim_value) for name, x in sample.items()} for sample in samples]
     state = CompileState(graph, target, REGISTRY.ops, calibration=samples, collectors=collectors)
     return replace(state, keep_float=golden.keep_float)
 

@@ -9,7 +9,7 @@ from qcompiler_passes.fold_constants import FoldConstants
 from qcompiler_passes.import_quantization import ImportQuantization
 from qcompiler_passes.normalize import Normalize
 
-from qcompiler import compile_model, ir
+from qcompiler import compile_model, ir, quant
 from qcompiler.errors import UserError
 from qcompiler.load import is_quantized
 from qcompiler.state import CompileState
@@ -44,10 +44,10 @@ def conv_net(kind: str, zero: int, **weight: np.ndarray) -> onnx.ModelProto:
         "sy": np.float32(0.06),
         "zr": np.array(np.iinfo(dtype).min, dtype),
         "wq": rng.integers(-127, 128, (8, 8, 3, 3)).astype(np.int8),
-        "sw": np.linspace(0.001, 0.002, 8).astype(np.float32),
+        "sw": quant.scale_for_multiplier(np.arange(100, 172, 9), np.float32(0.03), np.float32(0.02)),
         "zw": np.zeros(8, np.int8),
         "vq": rng.integers(-127, 128, (8, 8, 1, 1)).astype(np.int8),
-        "sv": np.float32(0.004),
+        "sv": quant.scale_for_multiplier(87, np.float32(0.02), np.float32(0.06)).reshape(()),
         **weight,
     }
     return model_from_text(text, arrays)
@@ -78,7 +78,7 @@ def test_no_data_is_needed(kind: str, zero: int) -> None:
 
 
 def test_without_data_the_comparison_takes_random_inputs() -> None:
-    report = compile_model(conv_net("uint8", 128)).report
+    report = compile_model(conv_net("uint8", 128, sw=np.linspace(0.001, 0.002, 8).astype(np.float32))).report
     rows = dict(report.rows())
     assert rows["accuracy"].endswith("y (SQNR, random inputs, for there is no data)")
     assert report.outputs[0].sqnr is not None
@@ -114,7 +114,8 @@ def test_integers_survive_a_batch_normalization() -> None:
         c = Conv<pads=[1,1,1,1]>(xd, d) b = BatchNormalization(c, gamma, beta, mean, var)
         yq = QuantizeLinear(b, sy, zy) y = DequantizeLinear(yq, sy, zy)
     }"""
-    gamma = np.linspace(-1.5, 1.5, 8).astype(np.float32)
+    multipliers = np.array([-160, -130, -100, -70, 70, 100, 130, 160])
+    gamma = (multipliers * 2.0**-16 * 0.05 / 0.03 / 0.002 * np.sqrt(0.50001)).astype(np.float32)
     trained = np.random.default_rng(1).integers(-127, 128, (8, 8, 3, 3))
     scale = np.full(8, 0.002, np.float32)
     arrays = {

@@ -11,7 +11,10 @@ from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.quantize_blocks import QuantizeBlocks
 from qcompiler_passes.targets import ORT_CPU
 
+from qcompiler import ir
 from qcompiler.errors import UserError
+from qcompiler.instrument import Verify
+from qcompiler.pipeline import Pipeline
 from tests.support import model_from_text, ops_of, random_feeds, run, run_passes, state_of
 
 RNG = np.random.default_rng(0)
@@ -82,3 +85,22 @@ def test_tables(bits: int, least: float) -> None:
 def test_blocks_that_no_kernel_takes(stage: QuantizeBlocks) -> None:
     with pytest.raises(UserError, match=r"kernels take|power of 2"):
         stage.run(state_of(model_from_text("g (float[1] x) => (float[1] y) { y = Relu(x) }")))
+
+
+@pytest.mark.parametrize(("op", "w"), [("MatMul(x, w)", (96, 64)), ("Gemm<transB=1, alpha=2.0>(x, w)", (64, 96))])
+def test_data_lets_rounding_errors_cancel(op: str, w: tuple[int, int]) -> None:
+    model = model_from_text(
+        f"g (float[N,96] x) => (float[N,64] y) {{ h = {op} y = MatMul(h, v) }}", {"w": floats(*w), "v": floats(64, 64)}
+    )
+    mixed = floats(4, 96)
+    samples = [{"x": floats(20, 4) @ mixed + floats(20, 96) / 10} for _ in range(24)]
+    stage = QuantizeBlocks(least=1, exact=True)
+    errors = []
+    for data in (None, samples[:16]):
+        state = state_of(model, ORT_CPU)
+        state.calibration = data
+        Pipeline((FormBlocks(), stage)).run(state, [Verify()])
+        after = ir.to_proto(state.graph)
+        assert ops_of(after) == ["MatMulNBits", "MatMulNBits"]
+        errors.append(sum(np.square(run(model, s)[0] - run(after, s)[0]).sum() for s in samples[16:]))
+    assert errors[1] < 0.5 * errors[0]

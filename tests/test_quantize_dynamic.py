@@ -147,3 +147,25 @@ def test_patterns_and_targets_keep_layers_in_float() -> None:
     state.keep_float = {"MatMul*": "asked for"}
     Pipeline((QuantizeDynamic(least=1),)).run(state)
     assert state.blocks["MatMul_y"].reason == "asked for"
+
+
+@pytest.mark.parametrize("target", [ORT_CPU, replace(ORT_CPU, per_channel=False)], ids=["channels", "tensor"])
+def test_conv_on_request(target: Target) -> None:
+    text = """g (float[1,8,9,9] x) => (float[1,16,5,5] y, float[1,4,9,9] z) {
+        y = Conv<strides=[2,2], pads=[1,1,1,1]>(x, w, b) z = Conv(x, v)
+    }"""
+    model = model_from_text(text, {"w": floats(16, 8, 3, 3), "b": floats(16), "v": floats(4, 8, 1, 1)})
+    left, state = run_passes(model, FormBlocks(), QuantizeDynamic(least=1), target=target)
+    assert ops_of(left) == ["Conv", "Conv"]
+    assert "conv=true" in state.blocks["Conv_y"].reason
+    after, state = run_passes(model, FormBlocks(), QuantizeDynamic(least=1, conv=True), target=target)
+    assert sorted(ops_of(after)) == sorted(["DynamicQuantizeLinear", "Add", *2 * ["ConvInteger", "Cast", "Mul", "Mul"]])
+    assert state.blocks["Conv_y"].quantized
+    assert min(sqnr(model, after, 0), sqnr(model, after, 1)) > 32
+
+
+def test_gru_stays_float_and_says_why() -> None:
+    text = "g (float[5,1,8] x) => (float[5,1,1,4] y) { y, h = GRU<hidden_size=4>(x, w, r) }"
+    _, after, state = compiled(text, w=floats(1, 12, 8), r=floats(1, 12, 4))
+    assert ops_of(after) == ["GRU"]
+    assert [block.reason for block in state.blocks.values()] == ["ONNX Runtime has no GRU that quantizes what it reads"]

@@ -11,7 +11,8 @@ from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.insert_qdq import InsertQdq
-from qcompiler_passes.round_weights import RoundWeights, _covariance, _inputs, nearest_plane
+from qcompiler_passes.nearest_plane import covariance, nearest_plane
+from qcompiler_passes.round_weights import RoundWeights, _inputs
 from qcompiler_passes.scale_weights import ScaleWeights
 
 from qcompiler import ir
@@ -30,20 +31,20 @@ def correlated(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 
 
 def damage(q: np.ndarray, w: np.ndarray, scale: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    error = q * scale[..., None] - w
+    error = q * scale - w
     return np.einsum("grk,gkl,grl->gr", error, hessian, error)
 
 
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     w = weights(1, 5, 300)
-    scale = np.full((1, 5), 0.02, np.float32)
+    scale = np.full((1, 5, 300), 0.02, np.float32)
     hessian = np.diag(np.linspace(1, 9, 300)).astype(np.float32)[None]
     np.testing.assert_array_equal(nearest_plane(w, scale, hessian, -128, 127), np.clip(np.rint(w / 0.02), -128, 127))
 
 
 @pytest.mark.parametrize("columns", [9, 128, 300])
 def test_correlated_inputs_let_errors_cancel(columns: int) -> None:
-    w, scale = weights(2, 7, columns), np.full((2, 7), 0.1, np.float32)
+    w, scale = weights(2, 7, columns), np.full((2, 7, columns), 0.1, np.float32)
     x = np.stack([correlated(2000, columns, seed) for seed in (1, 2)])
     hessian = x.transpose(0, 2, 1) @ x / 2000
     q = nearest_plane(w, scale, hessian, -20, 20)
@@ -52,18 +53,18 @@ def test_correlated_inputs_let_errors_cancel(columns: int) -> None:
     assert damage(q, w, scale, hessian).sum() < 0.5 * damage(nearest, w, scale, hessian).sum()
 
 
-def test_a_mean_much_larger_than_the_spread_leaves_a_covariance() -> None:
+def test_a_mean_much_larger_than_the_spread_leaves_acovariance() -> None:
     rng = np.random.default_rng(0)
     spread = 1e-3 * rng.standard_normal((1, 400, 40)).astype(np.float32)
     x = np.float32(300) + spread
-    found = _covariance(iter(np.split(x, 4, axis=1)), centered=True)
+    found = covariance(iter(np.split(x, 4, axis=1)), centered=True)
     np.testing.assert_allclose(found[0], np.cov(x[0].astype(np.float64).T, bias=True), atol=1e-8)
-    assert np.all(_covariance([np.full((1, 9, 5), 7.3, np.float32)], centered=True) == 0)
+    assert np.all(covariance([np.full((1, 9, 5), 7.3, np.float32)], centered=True) == 0)
 
 
 def test_two_columns_match_an_exhaustive_search() -> None:
     w = np.array([[[0.49, 0.49], [0.3, -0.2], [1.4, 0.6]]], np.float32)
-    scale = np.ones((1, 3), np.float32)
+    scale = np.ones((1, 3, 2), np.float32)
     hessian = np.array([[[1.0, 0.95], [0.95, 1.1]]], np.float32)
     q = nearest_plane(w, scale, hessian, -2, 2)
     grid = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 2), axis=-1).reshape(-1, 2).astype(np.float32)
@@ -102,8 +103,8 @@ def test_the_inputs_of_a_convolution_times_its_weights_are_its_outputs(
 def test_the_covariance_is_that_of_all_vectors() -> None:
     parts = [correlated(40, 5, seed)[None] for seed in range(3)]
     everything = np.concatenate(parts, axis=1)[0].astype(np.float64)
-    np.testing.assert_allclose(_covariance(parts, True)[0], np.cov(everything.T, bias=True), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(_covariance(parts, False)[0], everything.T @ everything / 120, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(covariance(parts, True)[0], np.cov(everything.T, bias=True), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(covariance(parts, False)[0], everything.T @ everything / 120, rtol=1e-3, atol=1e-4)
 
 
 def rounded(text: str, **constants: np.ndarray) -> tuple[CompileState, RoundWeights]:

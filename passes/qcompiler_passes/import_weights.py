@@ -14,8 +14,8 @@ _TOLERANCE = 1e-3
 _FIRST = 8
 """Weights of a channel that are tried before all of them are."""
 
-LARGEST_ERROR = 0.01
-"""A channel whose multiplier would change by more is rounded anew, which changes it less."""
+LARGEST_ERROR = 0.003
+"""A channel whose multiplier would change by more is rounded anew: errors of single weights cancel, those of a factor do not."""
 
 LARGEST_MULTIPLIER = 2**20
 """Above it, finer steps are better: the factor would be larger than measured ranges ever give."""
@@ -66,3 +66,25 @@ def _nearest(step: float, m: float, s_x: float, s_y: float) -> np.float32:
     """The scale nearest to `step` whose factor is dyadic; a few m have no float32 scale."""
     candidates = quant.scale_for_multiplier(m - np.arange(4), s_x, s_y)
     return np.float32(candidates[np.abs(candidates - step).argmin()])
+
+
+def rounded(rows: F32, scale: F32, kernel: int, spec: QuantSpec) -> NDArray[np.float64]:
+    """Integers next to rows / scale whose rounding errors nearly cancel over each kernel, then over each channel.
+
+    rows: (channels, weights per channel); scale: (channels,); kernel: how many weights read one input channel. What a kernel
+    reads is much alike, so that the sum of its errors counts; no data is needed (SQuant, Guo et al. 2022, arXiv 2202.07471).
+    """
+    exact = rows / scale.astype(np.float64)[:, None]
+    nearest = np.rint(exact)
+    if kernel > 1:
+        by_kernel = (len(rows), rows.shape[1] // kernel, kernel)
+        nearest = _cancelled(nearest.reshape(by_kernel), exact.reshape(by_kernel)).reshape(rows.shape)
+    return np.clip(_cancelled(nearest, exact), spec.qmin, spec.qmax)
+
+
+def _cancelled(integers: NDArray[np.float64], exact: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move those integers by one that are farthest off, until the sum over the last axis is off by a half at most."""
+    errors = integers - exact
+    surplus = np.rint(errors.sum(axis=-1, keepdims=True))
+    rank = errors.argsort(axis=-1, kind="stable").argsort(axis=-1)
+    return np.asarray(integers - (rank >= rank.shape[-1] - surplus) + (rank < -surplus))

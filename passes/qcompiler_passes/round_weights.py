@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -17,9 +16,7 @@ from qcompiler.quant import F32, QuantParams
 from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState, Phase
-
-_STRIPE = 128
-"""Columns whose errors are passed on one by one; those of whole stripes go through one matrix product."""
+from qcompiler_passes.nearest_plane import covariance, damp, nearest_plane, spread
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,7 @@ class RoundWeights:
     """Round by what the layer computes instead of to the nearest integer (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
 
     For each output channel the integers q are sought that minimize (s q - w) H (s q - w)^T, H the covariance of what the weights
-    are multiplied with on `samples` calibration samples: one weight is rounded after the other, and those that are left make
-    up for its error. Done from the last column of the Cholesky factor of H to the first, this is Babai's nearest plane (Chen et
-    al. 2025, arXiv 2507.18553), and takes no inverse. H is centered where the layer has a bias: correct-bias, which has to
+    are multiplied with on `samples` calibration samples. H is centered where the layer has a bias: correct-bias, which has to
     follow, removes the error of the mean. `rows`: how many inputs are looked at, per weight of an output channel. `damping`:
     what is added to the diagonal of H, relative to its mean.
     """
@@ -70,11 +65,10 @@ class RoundWeights:
         w = by_row.reshape(groups, by_row.shape[0] // groups, -1)
         wanted = -(-self.rows * w.shape[2] // len(values))
         inputs = (_inputs(layer, weight.shape, x, wanted, i) for i, x in enumerate(values))
-        hessian = _covariance(inputs, centered=layer.op != "MatMul")
-        diagonal = np.einsum("gkk->gk", hessian)
-        diagonal += self.damping * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
-        scale = np.broadcast_to(np.asarray(params.scale).reshape(-1), by_row.shape[:1]).reshape(w.shape[:2])
-        rounded = nearest_plane(w, scale, hessian, params.spec.qmin, params.spec.qmax)
+        hessian = covariance(inputs, centered=layer.op != "MatMul")
+        damp(hessian, self.damping)
+        scale = np.broadcast_to(np.asarray(params.scale).reshape(-1), by_row.shape[:1]).reshape(*w.shape[:2], 1)
+        rounded = nearest_plane(w, np.broadcast_to(scale, w.shape), hessian, params.spec.qmin, params.spec.qmax)
         integers = rounded.reshape(by_row.shape).astype(params.spec.dtype)
         return np.ascontiguousarray(integers if layer.op == "Conv" else integers.T)
 
@@ -90,7 +84,7 @@ def _inputs(layer: Node, shape: tuple[int, ...], x: NDArray[Any], wanted: int, s
     """About `wanted` of the vectors that the weights of a layer are multiplied with: (groups, vectors, weights per channel)."""
     if layer.op != "Conv":
         rows = x.reshape(-1, x.shape[-1])
-        return np.asarray(rows[_spread(len(rows), wanted, sample)][None], np.float32)
+        return np.asarray(rows[spread(len(rows), wanted, sample)][None], np.float32)
     dims = len(shape) - 2
     strides, dilations = (layer.attrs.get(key, [1] * dims) for key in ("strides", "dilations"))
     pads = layer.attrs.get("pads", [0] * 2 * dims)
@@ -101,56 +95,8 @@ def _inputs(layer: Node, shape: tuple[int, ...], x: NDArray[Any], wanted: int, s
     windows = windows[(slice(None), slice(None), *steps)]
     windows = np.moveaxis(windows, 1, 1 + dims)  # batch, positions, channels, kernel
     positions = np.unravel_index(
-        _spread(int(np.prod(windows.shape[: 1 + dims])), wanted, sample), windows.shape[: 1 + dims]
+        spread(int(np.prod(windows.shape[: 1 + dims])), wanted, sample), windows.shape[: 1 + dims]
     )
     groups = x.shape[1] // shape[1]
     vectors = windows[positions].reshape(len(positions[0]), groups, -1)
     return np.asarray(vectors.transpose(1, 0, 2), np.float32)
-
-
-def _spread(total: int, wanted: int, sample: int) -> NDArray[np.intp]:
-    """`wanted` of `total` positions, at even distances, shifted from sample to sample by the golden ratio."""
-    distance = max(total / wanted, 1.0)
-    start = sample * 0.6180339887 % 1.0 * distance
-    return np.arange(start, total, distance).astype(np.intp)
-
-
-def _covariance(inputs: Iterable[F32], centered: bool) -> NDArray[np.float32]:
-    """The mean of x^T x over all vectors x, less that of their mean if `centered`: (groups, weights, weights)."""
-    products: Any = 0
-    sums: Any = 0
-    count = 0
-    shift: Any = None
-    for vectors in inputs:
-        if (
-            shift is None
-        ):  # from where the spread is measured, lest a mean much larger than it leave nothing but rounding
-            shift = vectors[:, :1] if centered else 0
-        x = vectors - shift
-        products = products + x.transpose(0, 2, 1) @ x
-        sums = sums + x.sum(axis=1, dtype=np.float64)
-        count += x.shape[1]
-    mean = sums / count
-    outer = mean[:, :, None] * mean[:, None, :] if centered else 0
-    return np.asarray(products / count - outer, np.float32)
-
-
-def nearest_plane(weights: F32, scale: F32, hessian: F32, qmin: int, qmax: int) -> F32:
-    """Integers q in qmin..qmax, as float32, that make (scale q - weights) hessian (scale q - weights)^T small.
-
-    weights: (groups, rows, columns); scale: (groups, rows); hessian: (groups, columns, columns), positive definite.
-    """
-    # The columns of the largest inputs come last, hence are rounded first, when most others can still make up for them.
-    order = np.argsort(np.einsum("gkk->k", hessian), kind="stable")
-    factor = np.linalg.cholesky(hessian[:, order][:, :, order].astype(np.float64)).astype(np.float32)
-    w = weights[:, :, order]
-    q, error = np.zeros_like(w), np.zeros_like(w)
-    for end in range(w.shape[2], 0, -_STRIPE):
-        begin = max(end - _STRIPE, 0)
-        pull = error[:, :, end:] @ factor[:, end:, begin:end]
-        for k in range(end - 1, begin - 1, -1):
-            wanted = w[:, :, k] - pull[:, :, k - begin] / factor[:, None, k, k]
-            q[:, :, k] = np.clip(np.rint(wanted / scale), qmin, qmax)
-            error[:, :, k] = q[:, :, k] * scale - w[:, :, k]
-            pull[:, :, : k - begin] += error[:, :, k, None] * factor[:, None, k, begin:k]
-    return q[:, :, np.argsort(order)]

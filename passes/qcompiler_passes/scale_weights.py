@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qcompiler import ir, quant
 from qcompiler.errors import UserError
 from qcompiler.ir import Node
-from qcompiler.ops import Lowering, OpRule, op_key
+from qcompiler.ops import Lowering, OpRule, rule_of
 from qcompiler.quant import F32, QuantParams, QuantSpec
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes import import_weights
@@ -52,7 +52,7 @@ class ScaleWeights:
         count, grid, generator = 0, _Grid(), np.random.default_rng(self.seed)
         for node in state.graph.nodes:
             block = state.blocks.get(node.name)
-            rule = state.ops.get(op_key(node.op, node.domain))
+            rule = rule_of(state.ops, node)
             if block is None or rule is None or not block.quantized or rule.lowering is not Lowering.MAC:
                 continue
             weight = node.inputs[1]
@@ -84,9 +84,10 @@ class ScaleWeights:
         if bias is not None:
             scale = _room_for_bias(scale, np.asarray(ir.array(bias), np.float64), s_x, s_y)
         if state.imported:
-            integers = grid.integers(rows, step, scale, scale == trained, spec)
             first = axis or 0
             shape = np.moveaxis(array, first, 0).shape
+            kernel = int(np.prod(shape[2:]))
+            integers = grid.integers(rows, step, scale, scale == trained, kernel, spec)
             state.integers[node.inputs[1].name] = np.ascontiguousarray(np.moveaxis(integers.reshape(shape), 0, first))
         return QuantParams(spec, scale if axis is not None else scale.reshape(()), 0)
 
@@ -148,15 +149,17 @@ class _Grid:
         self.error = 0.0
 
     def integers(
-        self, rows: F32, step: NDArray[np.float64], scale: F32, kept: NDArray[np.bool_], spec: QuantSpec
+        self, rows: F32, step: NDArray[np.float64], scale: F32, kept: NDArray[np.bool_], kernel: int, spec: QuantSpec
     ) -> NDArray[Any]:
-        """The integers of weights in rows: those of the grid where it is kept, else the nearest under `scale`."""
+        """The integers of weights in rows: those of the grid where it is kept, else new ones under `scale`."""
         self.channels += len(rows)
         self.kept += int(kept.sum())
         if kept.any():
             self.error = max(self.error, float(np.abs(scale[kept] / step[kept] - 1).max()))
-        divisor = np.where(kept, step, scale.astype(np.float64))[:, None]
-        return np.clip(np.rint(rows / divisor), spec.qmin, spec.qmax).astype(spec.dtype)
+        found = np.empty(rows.shape, spec.dtype)
+        found[kept] = np.clip(np.rint(rows[kept] / step[kept, None]), spec.qmin, spec.qmax)
+        found[~kept] = import_weights.rounded(rows[~kept], scale[~kept], kernel, spec)
+        return found
 
     def notes(self) -> list[str]:
         if not self.channels:
