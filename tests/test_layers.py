@@ -65,7 +65,6 @@ def test_outside_libraries_have_one_door() -> None:
         "rich": {"options"},
         "jinja2": {"html_report"},
         "matplotlib": {"figures"},
-        "networkx": {"place"},
     }
     files = [*CORE.glob("*.py"), *(CORE.parent / "passes" / "qcompiler_passes").glob("*.py")]
     for library, allowed in doors.items():

@@ -14,6 +14,7 @@ from qcompiler.ir import Tensor
 from qcompiler.state import CompileState, Phase
 from qcompiler.work import Accountant, concrete_shapes
 from qcompiler_passes.annotate import annotate
+from qcompiler_passes.minimum_cut import Edge, source_side
 
 OBJECTIVES = ("latency", "size", "integer")
 
@@ -106,22 +107,10 @@ class _Costs:
 
     def cheapest(self, bonus: float) -> frozenset[str]:
         """The roots on the integer side of the minimum cut. `bonus`: seconds that it is worth to quantize all weights."""
-        import networkx  # noqa: PLC0415  (it takes a while)
-
-        network = networkx.DiGraph()
-        network.add_nodes_from((INTEGER, FLOAT))
-        for source, sink, capacity in self._edges(bonus):
-            if capacity is None:
-                network.add_edge(source, sink)  # without a capacity: never cut
-            elif network.has_edge(source, sink):
-                if "capacity" in network[source][sink]:
-                    network[source][sink]["capacity"] += capacity
-            else:
-                network.add_edge(source, sink, capacity=capacity)
-        _, (integer, _) = networkx.minimum_cut(network, INTEGER, FLOAT)
+        integer = source_side(self._edges(bonus), INTEGER, FLOAT)
         return frozenset(root for root in self.able if ("block", root) in integer)
 
-    def _edges(self, bonus: float) -> Iterator[tuple[Any, Any, int | None]]:
+    def _edges(self, bonus: float) -> Iterator[Edge]:
         """(from, to, capacity): what it costs if `from` is on the integer side and `to` on the float side; None: forbidden."""
         weights = {root: self._weights(root) for root in self.able}
         everything = sum(weights.values()) or 1
@@ -135,7 +124,7 @@ class _Costs:
             if not ir.is_constant(tensor) and not self.accountant.is_inner(tensor):
                 yield from self._conversions(tensor)
 
-    def _needs(self, root: str) -> Iterator[tuple[Any, Any, int | None]]:
+    def _needs(self, root: str) -> Iterator[Edge]:
         """Operators that are not worth a conversion are integer only if what they read is."""
         node = self.accountant.nodes[root]
         rule = self.accountant.rule(node)
@@ -146,7 +135,7 @@ class _Costs:
             if maker != FLOAT:
                 yield ("block", root), maker, None
 
-    def _conversions(self, tensor: Tensor) -> Iterator[tuple[Any, Any, int | None]]:
+    def _conversions(self, tensor: Tensor) -> Iterator[Edge]:
         """A conversion, whose node lies between the maker and all readers, is paid once if one reader is on the other side."""
         maker = self._side(tensor)
         nodes = {id(n): n for n in tensor.outputs}.values()
