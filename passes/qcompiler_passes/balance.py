@@ -7,8 +7,9 @@ but its own, so that a second run starts where the first one stopped and finds n
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -65,8 +66,9 @@ class Reader:
 class Group:
     """The variables whose channels are quantized together, the tensors that they occur in, and what reads these.
 
+    The group counts its variables from 1; 0 stands for all others, whose factor is 1. `members`: their numbers in the model.
     `gain`: what noise of power 1 in a channel does in the end. `columns`: the greatest weight that reads a channel, times the
-    square root of the importance of its output. Both of all variables, shape (variables,).
+    square root of the importance of its output. Both of the group's variables, shape (variables,).
     """
 
     members: Ids
@@ -76,7 +78,7 @@ class Group:
     columns: Factors
 
     def noise(self, factors: Factors) -> float:
-        """An estimate of what quantization does in the end under factors of all variables, shape (variables,).
+        """An estimate of what quantization does in the end under factors of the variables, shape (variables,).
 
         Activations: a step squared over 12, but no more than the channel holds. Weights: a step of each output channel squared
         over 12, times the power that they multiply.
@@ -95,7 +97,7 @@ class Group:
         return noise
 
     def step(self, factors: Factors, alpha: float, beta: float) -> Factors:
-        """Factors in proportion to columns**beta / reach**alpha, shape (variables,): 1 beyond the group.
+        """Factors in proportion to columns**beta / reach**alpha, shape (variables,): 1 for those of others.
 
         reach: the greatest magnitude of a channel. The largest channel keeps its reach, and channels that hold only zeros keep
         theirs.
@@ -104,7 +106,7 @@ class Group:
         for tensor in self.tensors:
             np.maximum.at(reach, tensor.roots, np.maximum(tensor.high, -tensor.low) * factors[tensor.roots])
         result = np.ones_like(factors)
-        live = self.members[(reach[self.members] > 0) & (self.columns[self.members] > 0)]
+        live = 1 + np.flatnonzero((reach[1:] > 0) & (self.columns[1:] > 0))
         if live.size:
             columns = self.columns[live] / factors[live]
             reach, columns = reach[live] / reach[live].max(), columns / columns.max()
@@ -134,7 +136,7 @@ def balance(state: CompileState, sources: frozenset[str], samples: int, alpha: f
         if own is None:
             state.refusals[makers[group.tensors[0].name]] = _BALANCED
         else:
-            factors[group.members] = own[group.members]
+            factors[group.members] = own[1:]
             rewriter.count += 1
     refusal = multiply(rewriter, channels, factors)
     if refusal is not None:
@@ -175,11 +177,7 @@ def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> li
         np.add.at(gain, inputs, squares.sum(axis=1))
         gain[0] = 0  # not a channel, but all that are fixed
         np.maximum.at(columns, inputs, np.sqrt(squares.max(axis=1)))
-    found = []
-    for members, tensors in _partition(observed, count):
-        own = [reader for reader in readers if np.isin(reader.inputs, members).any()]
-        found += [Group(members, tensors, own, gain, columns)] if own else []
-    return found
+    return list(_partition(observed, readers, gain, columns))
 
 
 def _importance(squares: F32, power: Factors, gain: Factors) -> Factors:
@@ -191,15 +189,47 @@ def _importance(squares: F32, power: Factors, gain: Factors) -> Factors:
     return np.where(gain > 0, gain, 1 / result if result > 0 else 0.0)
 
 
-def _partition(observed: list[Observed], count: int) -> Iterator[tuple[Ids, list[Observed]]]:
-    """The free variables that occur together in tensors, and these tensors."""
-    leader = np.arange(count)
+def _partition(observed: list[Observed], readers: list[Reader], gain: Factors, columns: Factors) -> Iterator[Group]:
+    """The free variables that occur together in tensors, with these tensors, if something reads them."""
+    leader = _leaders(observed, len(gain))
+    tensors, own = defaultdict[int, list[Observed]](list), defaultdict[int, list[Reader]](list)
     for tensor in observed:
-        together = np.unique(leader[tensor.roots[tensor.roots > 0]])
-        leader[np.isin(leader, together)] = together[0]
-    owners = [int(leader[tensor.roots.max()]) for tensor in observed]
-    for first in dict.fromkeys(owners):
-        yield np.flatnonzero(leader == first), [t for t, owner in zip(observed, owners, strict=True) if owner == first]
+        tensors[int(leader[tensor.roots.max()])].append(tensor)
+    for reader in readers:
+        for first in np.unique(leader[reader.inputs]):
+            own[int(first)].append(reader)
+    order = np.argsort(leader, kind="stable")
+    local = np.zeros_like(leader)
+    for first, together in tensors.items():
+        if first in own:
+            start, end = (np.searchsorted(leader, first, side, sorter=order) for side in ("left", "right"))
+            members = order[start:end]
+            local[members] = 1 + np.arange(len(members))
+            yield Group(
+                members,
+                [replace(tensor, roots=local[tensor.roots]) for tensor in together],
+                [replace(reader, inputs=local[reader.inputs]) for reader in own[first]],
+                np.append(0.0, gain[members]),
+                np.append(0.0, columns[members]),
+            )
+            local[members] = 0
+
+
+def _leaders(observed: list[Observed], count: int) -> Ids:
+    """For each variable one of those that it occurs together with, the same for all of them."""
+    parents = list(range(count))
+
+    def leader(variable: int) -> int:
+        while parents[variable] != variable:
+            parents[variable] = parents[parents[variable]]
+            variable = parents[variable]
+        return variable
+
+    for tensor in observed:
+        first, *others = np.unique(tensor.roots[tensor.roots > 0]).tolist()
+        for other in others:
+            parents[leader(other)] = leader(first)
+    return np.array([leader(variable) for variable in range(count)])
 
 
 def _observe(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Observed]:
