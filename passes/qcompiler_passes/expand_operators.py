@@ -22,7 +22,7 @@ class ExpandOperators:
     """Write operators, where the target asks for it, as ones that it runs in integers. They compute the same function.
 
     ConvTranspose becomes a Conv that makes the pixels of each phase as channels, and DepthToSpace: all with
-    `conv-transpose-as-conv`, dense ones whose windows overlap with `overlapping-conv-transpose-as-conv`. With
+    `conv-transpose-as-conv`, dense ones whose windows overlap evenly with `overlapping-conv-transpose-as-conv`. With
     `interpolation-as-product`, Resize becomes such a Conv or a product with a constant matrix per axis, and so does an
     AveragePool whose windows have different divisors. With `pool-as-reduce`, GlobalAveragePool of a size that is not static
     becomes ReduceMean, and GlobalMaxPool ReduceMax.

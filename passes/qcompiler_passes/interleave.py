@@ -73,7 +73,9 @@ def conv_transpose(rewriter: Rewriter, node: Node) -> Refusal | None:
         return axes
     target = rewriter.state.target
     if "conv-transpose-as-conv" not in target.rewrites and not _pays(linear, axes):
-        return Refusal(f"its windows do not overlap, or it is narrow: {target.name} would gain nothing", node.name)
+        return Refusal(
+            f"its windows do not overlap evenly, or it is narrow: {target.name} would gain nothing", node.name
+        )
     sizes = [static_axis(node.inputs[0], 2 + i) for i in range(len(axes))]
     if not can_interleave([a.stride for a in axes], sizes):
         return Refusal("its strides differ and its size is not static", node.name)
@@ -82,8 +84,8 @@ def conv_transpose(rewriter: Rewriter, node: Node) -> Refusal | None:
 
 
 def _pays(linear: Linear, axes: Sequence[Axis]) -> bool:
-    """Whether the windows overlap, and the Conv has the channels for a fast kernel: one tap is not worth moving the pixels."""
-    overlap = all(a.stride > 1 and a.taps > 1 and a.dilation == 1 for a in axes)
+    """Whether several taps, the same number in all phases, make up for moving the pixels, and a kernel is fast so wide."""
+    overlap = all(a.stride > 1 and a.taps > 1 and a.kernel == a.stride * a.taps for a in axes)
     return overlap and linear.weight.shape[0] == 1 and linear.weight.shape[2] >= LEAST_CHANNELS
 
 

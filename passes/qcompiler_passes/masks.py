@@ -31,7 +31,7 @@ def bound_masks(state: CompileState) -> int:
         index = next((i for i, t in enumerate(node.inputs) if ir.is_constant(t)), None)
         if index is not None and _only_softmax_reads(state, rewriter, node.outputs[0]):
             rewriter.count += _bound(state, rewriter, node, index)
-    return rewriter.finish()
+    return rewriter.count  # no node comes or goes; finish would drop dead ones, which blocks still name
 
 
 def _bound(state: CompileState, rewriter: Rewriter, node: Node, index: int) -> bool:
