@@ -14,6 +14,7 @@ from qcompiler import runtime
 from qcompiler.difference import Array, Difference
 from qcompiler.errors import UserError
 from qcompiler.external import graphs
+from qcompiler.integer_layers import LARGEST_CODE
 from qcompiler.quant import F32, QuantParams, QuantSpec, dequantize, quantize
 from qcompiler.state import Feeds
 
@@ -177,7 +178,9 @@ class Local:
 
 def _params(entry: Sequence[Any], values: Array) -> QuantParams:
     info = np.iinfo(values.dtype)
-    spec = QuantSpec(values.dtype.name, int(info.min), int(info.max))
+    if entry[1] == "log2":
+        return QuantParams(QuantSpec(values.dtype.name, 0, LARGEST_CODE, log2=True), np.ones((), np.float32))
+    spec = QuantSpec(values.dtype.name, int(info.min), int(info.max), axis=-1 if isinstance(entry[1], list) else None)
     return QuantParams(spec, np.asarray(entry[1], np.float32), int(entry[2]))
 
 

@@ -15,6 +15,7 @@ from qcompiler import __version__, detached, ir, runtime, supervise
 from qcompiler.errors import UserError
 from qcompiler.external import data_files
 from qcompiler.load import check_structure
+from qcompiler.quant import QuantParams
 from qcompiler.state import CompileState
 
 
@@ -50,7 +51,8 @@ def to_model(state: CompileState, made_by: dict[str, str]) -> onnx.ModelProto:
 
 def _activations(state: CompileState) -> dict[str, list[Any]]:
     """What the integer activations stand for: float tensor, scale, zero point and, where readers ignore what lies beyond some
-    bounds, those (null: none). A scale is the shortest decimal that reads back as the same float32.
+    bounds, those (null: none). A scale is the shortest decimal that reads back as the same float32; it is a list where channels
+    on the last axis have their own, and "log2" for integers that stand for powers of two.
     """
     bounds = {name: (block.low, block.high) for block in state.blocks.values() for name in block.outputs}
     table: dict[str, list[Any]] = {}
@@ -60,8 +62,15 @@ def _activations(state: CompileState) -> dict[str, list[Any]]:
             source = state.ties.get(tensor.name)
             limits = [bound if math.isfinite(bound) else None for bound in bounds.get(source or "", ())]
             beyond = any(bound not in (None, 0) for bound in limits)
-            table[tensor.name] = [source, float(str(params.scale)), params.zero_point, *(limits if beyond else ())]
+            table[tensor.name] = [source, _scale(params), params.zero_point, *(limits if beyond else ())]
     return table
+
+
+def _scale(params: QuantParams) -> Any:
+    if params.spec.log2:
+        return "log2"
+    numbers = [float(str(scale)) for scale in params.scales.reshape(-1)]
+    return numbers if params.exponents else numbers[0]
 
 
 def _counterparts(state: CompileState, tensors: dict[str, list[Any]]) -> dict[str, list[Any]]:

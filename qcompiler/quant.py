@@ -84,6 +84,8 @@ class QuantParams:
     @cached_property
     def range(self) -> tuple[float, float]:
         """The least and greatest real number that a per-tensor quantized value can stand for."""
+        if self.spec.log2:
+            return 2.0**-self.spec.qmax, 1.0
         scale = float(self.scale) * 2.0 ** max(self.exponents, default=0)
         return scale * (self.spec.qmin - self.zero_point), scale * (self.spec.qmax - self.zero_point)
 

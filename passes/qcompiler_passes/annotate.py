@@ -12,6 +12,7 @@ import numpy as np
 
 from qcompiler import ir
 from qcompiler.errors import UserError
+from qcompiler.integer_layers import LARGEST_CODE
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, Result, Role, quantized_rule, rule_of
 from qcompiler.quant import QuantSpec
@@ -182,6 +183,14 @@ def _bounded(state: CompileState, choice: _Choice, block: Block) -> Block:
     return replace(block, low=min(lows), high=max(highs))
 
 
+def _attention(state: CompileState, choice: _Choice, name: str) -> QuantSpec:
+    """What Softmax gives: codes if only products read them, else uniform steps."""
+    wanted = state.attention
+    if wanted.log2 and _is_attention(state, choice, name):
+        return replace(wanted, qmax=min(wanted.qmax, LARGEST_CODE))
+    return replace(wanted, log2=False)
+
+
 _RESHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 
@@ -224,9 +233,7 @@ def _specify(state: CompileState, choice: _Choice, block: Block) -> None:
             continue
         state.specs[name] = activation
         if rule.lowering is Lowering.SOFTMAX:
-            state.specs[name] = replace(
-                state.attention, log2=state.attention.log2 and _is_attention(state, choice, name)
-            )
+            state.specs[name] = _attention(state, choice, name)
         if rule.result is Result.SAME:
             state.specs[name] = state.specs[inputs[0]]
             state.tie(name, inputs[0])

@@ -56,7 +56,7 @@ def _softmax(
 ) -> bool:
     rate = np.asarray(integer_layers.exponent_rate(params[0].scale), np.int32)
     if y.spec.log2:
-        largest = np.asarray(min(y.spec.qmax, integer_layers.LARGEST_CODE), np.uint8)
+        largest = np.asarray(y.spec.qmax, np.uint8)
         made = _call(rewriter, node, "LogIntSoftmax", [x[0]], {"rate": rate, "largest": largest})
     else:
         unit = np.asarray(integer_layers.softmax_rate(y.scale), np.int64)
