@@ -47,6 +47,7 @@ def odd_state() -> CompileState:
         params={
             "t": QuantParams(spec.per_channel(1), scales, 0),
             "y": QuantParams(spec, np.full((), 0.1, np.float32), 2),
+            "f": QuantParams(spec, np.full((), 0.1, np.float32), 2, (0, 3, 1)),
         },
         tables={"table": bytes(range(256))},
         origin={"n": ("first", "second")},
@@ -69,7 +70,7 @@ def facts(value: Any) -> Any:
     if isinstance(value, Block):
         return repr(value)  # 6 is not 6.0
     if isinstance(value, QuantParams):
-        return value.spec, value.scale.dtype, value.scale.shape, value.scale.tobytes(), value.zero_point
+        return value.spec, value.scale.dtype, value.scale.shape, value.scale.tobytes(), value.zero_point, value.exponents
     if isinstance(value, np.ndarray):
         return value.dtype, value.tolist()
     if isinstance(value, Counterpart):
@@ -106,7 +107,7 @@ def test_the_text_is_for_people_and_the_json_has_a_line_per_entry(tmp_path: Path
     assert (tmp_path / "a.txt").read_text().splitlines()[1] == "t = Neg(x)"
     lines = (tmp_path / "a.json").read_text().splitlines()
     assert ' "remaining": "cleanup",' in lines
-    assert '  "y": {"spec": {"dtype": "int8", "qmin": -64, "qmax": 63, "symmetric": true, "axis": null},' in "\n".join(
+    assert '  "y": {"spec": {"dtype": "int8", "qmin": -64, "qmax": 63, "symmetric": true, "axis": null, "log2": false},' in "\n".join(
         lines
     )
     assert json.loads("\n".join(lines))["blocks"]["b"]["low"] is None
