@@ -11,6 +11,7 @@ import pytest
 
 from qcompiler import compile_model
 from qcompiler.compile import CompileResult
+from tests.forms import ops_between
 from tests.support import ops_of, run
 from tests.swin import swin_model, swin_reference, swin_weights
 
@@ -56,11 +57,18 @@ def test_swin_on_ort_cpu() -> None:
             np.testing.assert_array_equal(first, other)
 
 
+def test_swin_in_integers() -> None:
+    model = swin_model(SWIN)
+    integer = compile_model(model, images(16, 1), target="integer", emit="integer", compare=False).model
+    assert not ops_between(integer)
+    assert sqnr(model, integer, images(8, 2)) > 18
+
+
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 [1000, 1, 28, 28] and their classes."""
+    """Images float32 [400, 1, 28, 28] and their classes."""
     with np.load(MODELS / "mnist_test.npz") as rows:
-        return rows["x"][:, None].astype(np.float32) / np.float32(255), rows["y"]
+        return rows["x"][:400, None].astype(np.float32) / np.float32(255), rows["y"][:400]
 
 
 def tiny_vit(**options: object) -> CompileResult:
@@ -82,9 +90,15 @@ def test_vision_transformer_on_ort_cpu(digits: tuple[np.ndarray, np.ndarray]) ->
     assert counts["QuantizeLinear"] == 16  # queries, keys and values share one
     for form in ("integer", "qdq"):
         other = tiny_vit(emit=form).model
-        for rows in np.split(digits[0][:200], 4):
+        for rows in np.split(digits[0][:100], 2):
             feeds = {"image": rows}
             np.testing.assert_array_equal(run(result.model, feeds, True)[0], run(other, feeds, True)[0])
+
+
+def test_vision_transformer_in_integers(digits: tuple[np.ndarray, np.ndarray]) -> None:
+    integer = tiny_vit(target="integer", emit="integer").model
+    assert not ops_between(integer)
+    assert accuracy(integer, digits) >= accuracy(onnx.load(MODELS / "tiny_vit.onnx"), digits) - 0.5
 
 
 def test_vision_transformer_without_data(digits: tuple[np.ndarray, np.ndarray]) -> None:

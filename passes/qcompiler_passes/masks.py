@@ -6,7 +6,7 @@ import numpy as np
 
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor
-from qcompiler.quant import QuantParams, params_from_range
+from qcompiler.quant import params_from_range
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState
 
@@ -40,7 +40,7 @@ def _bound(state: CompileState, rewriter: Rewriter, node: Node, index: int) -> b
     hidden = mask < HIDDEN
     if not hidden.any() or hidden.all():
         return False
-    low, high = _range(scores)
+    low, high = scores.range
     shown = mask[~hidden]
     end = low + float(shown.min()) - DEPTH
     new = rewriter.constant(old.name, np.where(hidden, end - high, mask).astype(np.float32))
@@ -52,12 +52,6 @@ def _bound(state: CompileState, rewriter: Rewriter, node: Node, index: int) -> b
     params = params_from_range(end, high + float(shown.max()), state.specs[node.outputs[0].name])
     state.params |= {name: params for name in state.params if state.leader(name) == leader}
     return True
-
-
-def _range(params: QuantParams) -> tuple[float, float]:
-    """The least and the greatest number that the integers stand for."""
-    low, high = (float(params.scale) * (q - params.zero_point) for q in (params.spec.qmin, params.spec.qmax))
-    return low, high
 
 
 def _only_softmax_reads(state: CompileState, rewriter: Rewriter, tensor: Tensor) -> bool:
