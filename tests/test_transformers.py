@@ -41,7 +41,7 @@ def test_the_exported_swin_is_the_described_one() -> None:
 def test_swin_on_ort_cpu() -> None:
     model = swin_model(SWIN)
     forms = {
-        form: compile_model(model, images(16, 1), emit=form, optimize="size", compare=False).model
+        form: compile_model(model, images(16, 1), emit=form, level=1, optimize="size", compare=False).model
         for form in ("kernels", "integer", "qdq")
     }
     counts = Counter(ops_of(forms["kernels"]))
@@ -81,7 +81,7 @@ def accuracy(model: onnx.ModelProto, digits: tuple[np.ndarray, np.ndarray]) -> f
 
 
 def test_vision_transformer_on_ort_cpu(digits: tuple[np.ndarray, np.ndarray]) -> None:
-    result = tiny_vit()
+    result = tiny_vit(level=1)
     before = accuracy(onnx.load(MODELS / "tiny_vit.onnx"), digits)
     assert accuracy(result.model, digits) >= before - 0.5
     counts = Counter(ops_of(result.model))
@@ -89,7 +89,7 @@ def test_vision_transformer_on_ort_cpu(digits: tuple[np.ndarray, np.ndarray]) ->
     assert not {"Erf", "Pow", "Sqrt", "ReduceMean"} & set(counts)
     assert counts["QuantizeLinear"] == 16  # queries, keys and values share one
     for form in ("integer", "qdq"):
-        other = tiny_vit(emit=form).model
+        other = tiny_vit(emit=form, level=1).model
         for rows in np.split(digits[0][:100], 2):
             feeds = {"image": rows}
             np.testing.assert_array_equal(run(result.model, feeds, True)[0], run(other, feeds, True)[0])
