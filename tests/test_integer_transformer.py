@@ -51,7 +51,7 @@ g (float[N,3,6,6] image) => (float[N,5] y) {
     n2 = LayerNormalization<axis=-1>(x1, g2, b2)
     h = MatMul(n2, w_h)
     hb = Add(h, b_h)
-    a = com.microsoft.Gelu(hb)
+    a = Gelu(hb)
     m = MatMul(a, w_m)
     x2 = Add(m, x1)
     n3 = LayerNormalization<axis=-1>(x2, g3, b3)
@@ -61,7 +61,7 @@ g (float[N,3,6,6] image) => (float[N,5] y) {
 """
 
 
-def transformer() -> onnx.ModelProto:
+def transformer(text: str = TEXT) -> onnx.ModelProto:
     """One block with class token, and channels of the residual stream that differ by a factor of 30."""
     rng = np.random.default_rng(0)
 
@@ -76,6 +76,7 @@ def transformer() -> onnx.ModelProto:
         "position": normal(1, TOKENS + 1, WIDTH) * spread,
         "half": np.float32(0.5),
         "first": np.int64(0),
+        "tokens_axis": np.int64([1]),
         "s_flat": [0, WIDTH, TOKENS],
         "s_class": [1, WIDTH],
         "s_heads": [0, TOKENS + 1, HEADS, WIDTH // HEADS],
@@ -86,7 +87,7 @@ def transformer() -> onnx.ModelProto:
     arrays |= {"w_h": normal(WIDTH, 2 * WIDTH), "w_m": normal(2 * WIDTH, WIDTH) * spread, "w_y": normal(WIDTH, 5)}
     arrays |= {f"g{i}": 1 / spread for i in (1, 2, 3)} | {"b_y": normal(5)}
     arrays |= {f"b{i}": normal(WIDTH, scale=0.3) for i in (1, 2, 3)}
-    return model_from_text(TEXT, {k: np.asarray(v) for k, v in arrays.items()}, opset=21)
+    return model_from_text(text, {k: np.asarray(v) for k, v in arrays.items()}, opset=21)
 
 
 def samples(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
@@ -152,6 +153,12 @@ def test_all_forms_give_the_same_bits(attention: str) -> None:
     feeds = samples(1, seed=1)[0]
     with_reference = ReferenceEvaluator(integer).run(None, feeds)[0]
     np.testing.assert_array_equal(with_reference, runtime.run(runtime.session(integer), feeds)[0])
+
+
+def test_the_head_may_read_the_mean_of_the_tokens() -> None:
+    model = transformer(TEXT.replace("Gather<axis=1>(n3, first)", "ReduceMean<keepdims=0>(n3, tokens_axis)"))
+    result = compile_model(model, samples(16), target="integer", passes=LEVELS["O1"], compare=False)
+    assert float_nodes(result.model) == {"QuantizeLinear", "DequantizeLinear"}
 
 
 def test_factors_and_bits_pay() -> None:
