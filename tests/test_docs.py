@@ -80,6 +80,7 @@ def test_the_code_test_finds_the_examples() -> None:
         "README.md",
         "add-a-target.md",
         "add-an-op.md",
+        "transformers.md",
         "write-a-pass.md",
     }
     assert [path.name for path in documents_with("pycon")] == ["numerics.md"]
