@@ -8,14 +8,25 @@ import pytest
 from qcompiler_passes.fold_scales import FoldScales
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.lower_integer import LowerInteger
-from qcompiler_passes.targets import INTEGER
+from qcompiler_passes.targets import INTEGER, ORT_CPU
 
 from qcompiler import ir, quant
 from qcompiler.quant import dequantize, params_from_range, quantize
 from qcompiler.runtime import run, session
 from qcompiler.state import CompileState
+from qcompiler.target import Target
 from qcompiler.text import format_graph
-from tests.forms import TO_INTEGER, TO_QDQ, advance, compiled, graph_text, ops_between, weights
+from tests.forms import (
+    TO_INTEGER,
+    TO_QDQ,
+    advance,
+    all_forms,
+    assert_bit_identical,
+    compiled,
+    graph_text,
+    ops_between,
+    weights,
+)
 
 CONSTANTS = {
     "w": weights(4, 4, 1, 1),
@@ -157,6 +168,18 @@ def test_concat_rescales_by_tables_only_where_scales_differ() -> None:
     [entries] = operands(tables[0])
     expected = quantize(dequantize(np.arange(256, dtype=np.uint8), state.params["b"]), state.params["s"])
     np.testing.assert_array_equal(entries, expected)
+
+
+@pytest.mark.parametrize("target", [ORT_CPU, INTEGER], ids=lambda t: t.name)
+def test_concat_of_a_constant_as_of_a_class_token(target: Target) -> None:
+    token = np.linspace(-0.2, 0.1, 64, dtype=np.float32).reshape(1, 4, 4, 4)
+    text = (
+        """g (float[1,4,4,4] x) => (float[1,4,8,4] y) { a = Conv(x, w) s = Concat<axis=2>(a, token) y = Conv(s, w1) }"""
+    )
+    forms = all_forms(graph_text(text, token=token, w=CONSTANTS["w"], w1=CONSTANTS["w1"]), target)
+    assert not ops_between(forms.integer)
+    assert not [n for n in forms.integer.graph.node if n.op_type == "Table"]
+    assert_bit_identical(forms)
 
 
 def test_no_float_is_left_inside() -> None:

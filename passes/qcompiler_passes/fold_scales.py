@@ -200,10 +200,15 @@ def _fold_concat(rewriter: Rewriter, node: Node) -> Refusal | None:
         assert dq is not None
         scaled = rewriter.variable(f"{x.name}_scaled", np.dtype(result.spec.dtype), x.shape)
         twin = ir.Node("QuantizeLinear", f"{node.name}_requantize", {}, [dq.outputs[0], *q.inputs[1:]], [scaled])
-        _table(rewriter, node, x, p, scaled)
+        if ir.is_constant(x):
+            [values] = run(session(ir.submodel([x], [scaled], rewriter.graph.opset)), {x.name: ir.array(x)})
+            part: Tensor = rewriter.constant(scaled.name, values)
+        else:
+            _table(rewriter, node, x, p, scaled)
+            part = scaled
         ir.detach(twin)
-        rewriter.state.params[scaled.name] = result
-        parts.append(scaled)
+        rewriter.state.params[part.name] = result
+        parts.append(part)
     made = rewriter.node("Concat", parts, origin=node, hint=f"{node.name}_integer", **node.attrs)
     rewriter.take_output(made, q.outputs[0])
     rewriter.remove(q)
