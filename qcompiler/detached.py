@@ -29,6 +29,7 @@ _PAGE = 4096
 _SMALL = 1024
 
 _memory: WeakValueDictionary[str, NDArray[Any]] = WeakValueDictionary()
+_mapped: WeakValueDictionary[tuple[object, ...], np.memmap[Any, Any]] = WeakValueDictionary()
 _numbers = count()
 
 
@@ -80,7 +81,12 @@ def array_of(tensor: TensorProto) -> NDArray[Any]:
             raise UserError("its weights are gone; write the model to a file", f"tensor '{tensor.name}'")
         return array.reshape(shape)
     try:
-        return np.asarray(np.memmap(location, dtype, "r", offset, shape))
+        status = Path(location).stat()
+        key = (location, status.st_ino, status.st_mtime_ns, offset, shape, dtype)
+        found = _mapped.get(key)
+        if found is None:  # twice mapped, it would count twice as memory
+            found = _mapped[key] = np.memmap(location, dtype, "r", offset, shape)
+        return np.asarray(found)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot map its external data: {error}", f"tensor '{tensor.name}'") from error
 
@@ -112,7 +118,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def exceeds(arrays: Iterable[Any]) -> bool:
     """Whether all of these together are too much for one proto."""
-    return sum(array.nbytes for array in arrays) > MODEL_LIMIT
+    return bool(sum(array.nbytes for array in arrays) > MODEL_LIMIT)
 
 
 def write(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:

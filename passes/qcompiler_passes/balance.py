@@ -168,7 +168,7 @@ def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> li
     for layer, before, after in reversed(channels.layers):
         if channels.is_fixed(before):
             continue
-        inputs, outputs = (channels.roots(ids).reshape(len(layer.weight), -1) for ids in (before, after))
+        inputs, outputs = (channels.roots(ids).reshape(layer.shape[0], -1) for ids in (before, after))
         weight = layer.weight.astype(np.float32)
         squares = np.einsum("goit,goit->goi", weight, weight)
         importance = _importance(squares, power[inputs], gain[outputs])

@@ -23,7 +23,7 @@ def _layer(channels: Channels, node: Node) -> Sequence[Ids] | None:
     found = linear.read(node)
     if isinstance(found, Refusal) or node.attrs.get("transA", 0):
         return None
-    groups, outputs, inputs, _ = found.weight.shape
+    groups, outputs, inputs, _ = found.shape
     before = _along(channels.of(node.inputs[0]), found.axis)
     if before is None:
         return None

@@ -8,7 +8,7 @@ concatenations and channel shuffles need no treatment of their own: they are jus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,12 +128,7 @@ def _is_empty(node: Node) -> bool:
 
 def multiply(rewriter: Rewriter, channels: Channels, factors: Factors) -> Refusal | None:
     """Multiply every channel by its factor, shape (variables,), in the constants of the graph; none if a weight overflows."""
-    changed = []
-    for layer, before, after in channels.layers:
-        down, up = factors[channels.roots(before)], factors[channels.roots(after)]
-        if (down != 1).any() or (up != 1).any():
-            changed.append(layer.of(1 / down, np.zeros_like(down)).then(up, np.zeros_like(up)))
-    refusal = linear.write(rewriter, changed)
+    refusal = linear.write(rewriter, _multiplied(channels, factors))
     if refusal is not None:
         return refusal
     for node, index, ids in channels.operands:
@@ -146,3 +141,11 @@ def multiply(rewriter: Rewriter, channels: Channels, factors: Factors) -> Refusa
         if (scale != 1).any():
             rewriter.change_values(tensor, scale)
     return None
+
+
+def _multiplied(channels: Channels, factors: Factors) -> Iterator[Linear]:
+    """The layers whose weights change, one at a time: they may be large."""
+    for layer, before, after in channels.layers:
+        down, up = factors[channels.roots(before)], factors[channels.roots(after)]
+        if (down != 1).any() or (up != 1).any():
+            yield layer.of(1 / down, np.zeros_like(down)).then(up, np.zeros_like(up))

@@ -81,7 +81,7 @@ def _scale_producer(rewriter: Rewriter, node: Node, factor: float, offset: float
     linear = read(maker)
     if isinstance(linear, Refusal):
         return linear
-    channels = linear.weight.shape[0] * linear.weight.shape[1]
+    channels = linear.shape[0] * linear.shape[1]
     refusal = write(rewriter, [linear.then(np.full(channels, factor), np.full(channels, offset))])
     if refusal is None:
         rewriter.change_values(x, factor, offset)

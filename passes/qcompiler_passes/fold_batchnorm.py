@@ -65,7 +65,7 @@ def _hoist(rewriter: Rewriter, chain: Affine) -> Refusal | None:
     linear = Refusal("no weights come before it") if producer is None else read(producer)
     if tensor is chain.source or isinstance(linear, Refusal) or rewriter.only_user(tensor) is None:
         return Refusal("no weights and activation of its own come before it", chain.source.name)
-    channels = linear.weight.shape[0] * linear.weight.shape[1]
+    channels = linear.shape[0] * linear.shape[1]
     scale = per_channel(chain.scale, linear.axis, linear.rank, channels)
     if scale is None or not chain.keeps_shape or not (scale > 0).any():
         return Refusal("the scale is not one value per channel, or nowhere positive", chain.nodes[0].name)

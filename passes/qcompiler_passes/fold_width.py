@@ -95,7 +95,7 @@ def _has_kernel(outputs: int, wanted: Alignment) -> bool:
 
 def _unfit(linear: Linear) -> Refusal | None:
     node = linear.node
-    if linear.weight.shape[0] != 1 or linear.raw.ndim != 4:
+    if linear.shape[0] != 1 or linear.raw.ndim != 4:
         return Refusal("it is not a plain convolution of images", node.name)
     if any(d != 1 for d in node.attrs.get("dilations", [])) or node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
         return Refusal("it has dilations or chooses its own padding", node.name)
@@ -142,7 +142,7 @@ def _is_dear(linear: Linear, fold: _Fold, inputs: int) -> bool:
 
 def _pad_channels(rewriter: Rewriter, linear: Linear, inputs: int) -> None:
     node, x = linear.node, linear.node.inputs[0]
-    missing = inputs - linear.weight.shape[2]
+    missing = inputs - linear.shape[2]
     padded = _pad(rewriter, node, x, axis=1, count=missing)
     weight = np.pad(linear.raw, [(0, 0), (0, missing), (0, 0), (0, 0)])
     rewriter.set_input(node, 0, padded)

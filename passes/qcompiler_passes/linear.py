@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,14 +29,32 @@ class Linear:
     """A Conv, ConvTranspose, Gemm or MatMul with constant weight and bias.
 
     raw: the weight as it is in the model.
-    weight: float64 [groups, outputs, inputs, taps], with outputs and inputs per group, and Gemm's alpha multiplied in.
     bias: float64, broadcasts to the result along its last axis (Conv: [channels]), with Gemm's beta multiplied in; or None.
+    folded: the weight after folding, as `weight` has it; None while it is that of the model.
     """
 
     node: Node
     raw: NDArray[Any]
-    weight: Array
     bias: Array | None
+    folded: Array | None = None
+
+    @property
+    def weight(self) -> Array:
+        """float64 [groups, outputs, inputs, taps], with outputs and inputs per group, and Gemm's alpha multiplied in.
+
+        Made anew each time: a model may have weights of gigabytes.
+        """
+        if self.folded is not None:
+            return self.folded
+        alpha = self.node.attrs.get("alpha", 1.0) if self.node.op == "Gemm" else 1.0
+        weight: Array = _unify(self.node, self.raw).astype(np.float64)
+        return weight if alpha == 1 else weight * np.float64(alpha)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Groups, outputs, inputs and taps: the shape of `weight`."""
+        groups, outputs, inputs, taps = _unify(self.node, self.raw).shape
+        return groups, outputs, inputs, taps
 
     @property
     def axis(self) -> int:
@@ -59,15 +77,16 @@ class Linear:
 
     def then(self, scale: Array, shift: Array) -> Linear:
         """With its result multiplied by `scale` and increased by `shift`, both [channels]."""
-        groups, outputs = self.weight.shape[:2]
+        groups, outputs = self.shape[:2]
         bias = None if self.bias is None else self.bias * scale
-        return replace(self, weight=self.weight * scale.reshape(groups, outputs, 1, 1), bias=_sum(bias, shift))
+        return replace(self, folded=self.weight * scale.reshape(groups, outputs, 1, 1), bias=_sum(bias, shift))
 
     def of(self, scale: Array, shift: Array) -> Linear:
         """With its input multiplied by `scale` and increased by `shift`, both [channels]; the shift needs `not pads`."""
-        groups, _, inputs, _ = self.weight.shape
-        added = (self.weight * shift.reshape(groups, 1, inputs, 1)).sum(axis=(2, 3)).reshape(-1)
-        return replace(self, weight=self.weight * scale.reshape(groups, 1, inputs, 1), bias=_sum(self.bias, added))
+        (groups, _, inputs, _), weight, bias = self.shape, self.weight, self.bias
+        if shift.any():
+            bias = _sum(bias, (weight * shift.reshape(groups, 1, inputs, 1)).sum(axis=(2, 3)).reshape(-1))
+        return replace(self, folded=weight * scale.reshape(groups, 1, inputs, 1), bias=bias)
 
 
 def _sum(bias: Array | None, added: Array) -> Array | None:
@@ -94,16 +113,15 @@ def read(node: Node) -> Linear | Refusal:
     if key == "MatMul" and raw.ndim != 2:
         return Refusal(f"MatMul's weight has {raw.ndim} dimensions, not 2", node.name)
     factor = node.attrs.get("beta", 1.0) if key == "Gemm" else 1.0
-    return Linear(node, raw, _unify(node, raw), None if bias is None else bias.astype(np.float64) * factor)
+    return Linear(node, raw, None if bias is None else bias.astype(np.float64) * factor)
 
 
-def _unify(node: Node, raw: NDArray[Any]) -> Array:
-    weight: Array = raw.astype(np.float64)
+def _unify(node: Node, raw: NDArray[Any]) -> NDArray[Any]:
+    """The weight as [groups, outputs, inputs, taps], where possible a view."""
     if node.op in ("Gemm", "MatMul"):
-        weight = weight if node.attrs.get("transB", 0) else weight.T
-        return weight.reshape(1, *weight.shape, 1) * np.float64(node.attrs.get("alpha", 1.0))
+        return (raw if node.attrs.get("transB", 0) else raw.T)[None, :, :, None]
     groups = node.attrs.get("group", 1)
-    weight = weight.reshape(groups, raw.shape[0] // groups, raw.shape[1], -1)
+    weight = raw.reshape(groups, raw.shape[0] // groups, raw.shape[1], -1)
     return weight if node.op == "Conv" else weight.transpose(0, 2, 1, 3)
 
 
@@ -117,18 +135,20 @@ def _restore(linear: Linear) -> NDArray[Any]:
     return np.ascontiguousarray(weight.reshape(linear.raw.shape), dtype=linear.raw.dtype)
 
 
-def write(rewriter: Rewriter, linears: Sequence[Linear]) -> Refusal | None:
+def write(rewriter: Rewriter, linears: Iterable[Linear]) -> Refusal | None:
     """Give nodes new constants (old ones may be shared, so they stay), or change none if a value overflows.
 
     The bias of a MatMul becomes an Add after it.
     """
-    with np.errstate(over="ignore"):
-        new = [(_restore(x), None if x.bias is None else x.bias.astype(x.raw.dtype)) for x in linears]
-    for linear, arrays in zip(linears, new, strict=True):
+    new = []
+    for linear in linears:
+        with np.errstate(over="ignore"):
+            arrays = _restore(linear), None if linear.bias is None else linear.bias.astype(linear.raw.dtype)
         if not all(a is None or np.isfinite(a).all() for a in arrays):
             return Refusal("the folded weights overflow", linear.node.name)
-    for linear, (weight, bias) in zip(linears, new, strict=True):
-        _write(rewriter, linear.node, weight, bias)
+        new.append((linear.node, arrays))
+    for node, (weight, bias) in new:
+        _write(rewriter, node, weight, bias)
     return None
 
 
@@ -175,7 +195,7 @@ def fold_into_producer(rewriter: Rewriter, chain: Affine) -> Refusal | None:
     linear = read(producer)
     if isinstance(linear, Refusal):
         return linear
-    channels = linear.weight.shape[0] * linear.weight.shape[1]
+    channels = linear.shape[0] * linear.shape[1]
     scale = per_channel(chain.scale, linear.axis, linear.rank, channels)
     shift = per_channel(chain.shift, linear.axis, linear.rank, channels)
     if scale is None or shift is None:
@@ -220,7 +240,7 @@ def _over(chain: Affine, reader: Node) -> Linear | Refusal:
         return linear
     if reader.op == "ConvTranspose" or reader.attrs.get("transA", 0):
         return Refusal(f"{reader.op} has no fold of its input", reader.name)
-    channels = linear.weight.shape[0] * linear.weight.shape[2]
+    channels = linear.shape[0] * linear.shape[2]
     scale = per_channel(chain.scale, linear.axis, linear.rank, channels)
     shift = per_channel(chain.shift, linear.axis, linear.rank, channels)
     if scale is None or shift is None:

@@ -74,7 +74,7 @@ def product(node: Node, least: int) -> Linear | Refusal:
         return Refusal(f"it has fewer than {least} weights, too few to pay", node.name)
     if not np.isfinite(linear.raw).all():
         return Refusal("its weights are not finite", node.inputs[1].name)
-    if linear.bias is not None and row(linear.bias, linear.weight.shape[1]) is None:
+    if linear.bias is not None and row(linear.bias, linear.shape[1]) is None:
         return Refusal("the bias is a matrix", node.name)
     rank = ir.shape(node.inputs[0])
     return Refusal("its left operand is a vector", node.name) if rank is not None and len(rank) < 2 else linear
@@ -93,7 +93,7 @@ def row(bias: np.ndarray[tuple[int, ...], np.dtype[np.floating]], width: int) ->
 def take_bias(rewriter: Rewriter, linear: Linear) -> tuple[F32 | None, Tensor, list[Node]]:
     """The bias of a product, with that of an Add which alone reads it; the tensor that holds the sum; the nodes replaced."""
     node = linear.node
-    width, result, nodes = linear.weight.shape[1], node.outputs[0], [node]
+    width, result, nodes = linear.shape[1], node.outputs[0], [node]
     bias = None if linear.bias is None else row(linear.bias, width)
     add = rewriter.only_user(result)
     if bias is not None or add is None or add.op != "Add" or add.domain:

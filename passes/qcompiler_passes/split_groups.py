@@ -41,7 +41,7 @@ def _rule(rewriter: Rewriter, node: Node) -> Refusal | None:
     target, linear = rewriter.state.target, read(node)
     if isinstance(linear, Refusal):
         return linear
-    groups, outputs, inputs, _ = linear.weight.shape
+    groups, outputs, inputs, _ = linear.shape
     if groups == 1 or inputs == 1:
         return Refusal("it is dense or depthwise", node.name)
     if not target.alignment.block:
@@ -62,7 +62,7 @@ def _groups_per_block(groups: int, inputs: int, outputs: int, block: int, unit: 
 
 
 def _split(rewriter: Rewriter, linear: Linear, blocks: list[int]) -> None:
-    node, x, inputs = linear.node, linear.node.inputs[0], linear.weight.shape[2]
+    node, x, inputs = linear.node, linear.node.inputs[0], linear.shape[2]
     chain = [node]
     while (follower := rewriter.only_user(chain[-1].outputs[0])) is not None and activation_bounds(follower):
         chain.append(follower)
@@ -94,7 +94,7 @@ def _parts(rewriter: Rewriter, node: Node, x: Tensor, sizes: list[int]) -> list[
 
 def _dense(rewriter: Rewriter, linear: Linear, chain: list[Node], x: Tensor, first: int, count: int) -> Tensor:
     """`count` groups from the first one on as one Conv, with copies of the activations behind it; returns the result."""
-    node, (_, outputs, inputs, _) = linear.node, linear.weight.shape
+    node, (_, outputs, inputs, _) = linear.node, linear.shape
     raw = linear.raw.reshape(-1, outputs, *linear.raw.shape[1:])[first : first + count]
     weight = np.zeros((count, outputs, count, inputs, *linear.raw.shape[2:]), linear.raw.dtype)
     for group in range(count):
