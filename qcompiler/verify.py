@@ -10,6 +10,7 @@ from qcompiler import functions, ir, quant
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import op_key, quantized_rule
 from qcompiler.quant import F32
+from qcompiler.shift import is_shift
 from qcompiler.state import CompileState, Phase
 
 
@@ -84,12 +85,20 @@ def _annotated(state: CompileState) -> Iterator[str]:
 
 
 def _calibrated(state: CompileState) -> Iterator[str]:
-    """Every spec got params: positive scales, an even zero point within the range; tied tensors got the same."""
+    """Every spec got params: positive scales, a zero point within the range; tied tensors got the same.
+
+    A zero point that something is rounded with is even: all but those behind an Add that only moves them.
+    """
+    moved = {state.leader(n.outputs[0].name) for n in state.graph.nodes if is_shift(state, n)}
+    rounded = () if state.phase >= Phase.QDQ else [name for name in state.specs if state.leader(name) not in moved]
+    for name in rounded:
+        if name in state.params and state.params[name].zero_point % 2:
+            yield f"tensor {name!r} has the zero point {state.params[name].zero_point}"
     for name in state.specs:
         params = state.params.get(name)
         if params is None:
             yield f"tensor {name!r} has a spec but no params"
-        elif params.zero_point % 2 or not params.spec.qmin <= params.zero_point <= params.spec.qmax:
+        elif not params.spec.qmin <= params.zero_point <= params.spec.qmax:
             yield f"tensor {name!r} has the zero point {params.zero_point}"
         else:
             leader = state.params.get(state.leader(name), params)
@@ -101,7 +110,9 @@ def _calibrated(state: CompileState) -> Iterator[str]:
 
 
 def _qdq(state: CompileState) -> Iterator[str]:
-    """Q and DQ have the constant scales and zero points of the params table; integer constants are within their specs."""
+    """Q and DQ have the constant scales and zero points of the params table, those of Q are even; integer constants are within
+    their specs.
+    """
     for node in state.graph.nodes:
         if node.op in ("QuantizeLinear", "DequantizeLinear"):
             yield from _conversion(state, node)
@@ -131,6 +142,8 @@ def _conversion(state: CompileState, node: Node) -> Iterator[str]:
         np.array_equal(scale, params.scales) or (not params.scales.ndim and np.all(scale == params.scales))
     ):
         yield f"{node.name}: its scale is not that of {integers.name!r} in the params table"
+    if node.op == "QuantizeLinear" and params.zero_point % 2:
+        yield f"{node.name}: its zero point {params.zero_point} is odd"
     if zero_point is None or np.any(zero_point != params.zero_point):
         yield f"{node.name}: its zero point is not that of {integers.name!r} in the params table"
 

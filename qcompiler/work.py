@@ -18,6 +18,7 @@ from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, rule_of
 from qcompiler.shapes import infer_shapes
+from qcompiler.shift import addend
 from qcompiler.state import Block, CompileState, Feeds
 
 Shape = tuple[int, ...]
@@ -191,6 +192,8 @@ class Accountant:
                 return [self._elements(f"int8.{root.op}", root)]
             functions = [self._elements(f"float.{_kind(self.nodes[n])}", self.nodes[n]) for n in block.nodes]
             return [self._elements("int8.table", root), *functions]
+        if len(block.nodes) == 1 and addend(root) is not None:
+            return [Work("int8.view")]
         return [self._elements(f"int8.{_kind(root)}", root)]
 
     def _elements(self, kind: str, node: Node) -> Work:

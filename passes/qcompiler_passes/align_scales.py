@@ -12,10 +12,15 @@ from qcompiler import integer_functions, ir, quant
 from qcompiler.ir import Node
 from qcompiler.ops import Lowering, quantized_rule
 from qcompiler.quant import F32, QuantParams
+from qcompiler.shift import activation, addend, zero_point_behind
 from qcompiler.state import CompileState, Phase
 
 LARGEST_FACTOR = 16.0
 """The largest rescale factor from accumulator to output: an int32 multiplier of 2**20, far above what measured ranges give."""
+
+COARSER, COARSEST = 1.02, 1.4
+"""What scales may be multiplied by so that a number becomes a multiple: 1 / COARSER at least, lest large values be clipped, and
+COARSEST at most: the noise of one rounding in steps of 1.4 is that of two in steps of 1."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,9 @@ class AlignScales:
     From the outputs backwards, an operator's inputs get the float32 scales nearest to the measured ones whose factors to the
     output are multiples of 2**-12 (Add) or 2**-16 (Mul, GlobalAveragePool). Conv, Gemm and MatMul take any scale, because
     their weight scales absorb it. An operator whose scales are all fixed by others already goes back to float, with the reason.
-    Concat inputs take the output's scale if nothing else reads them, or if theirs is within `concat_tie` of it: nothing is left
-    to rescale then.
+    An Add of one number gets one scale for both tensors of which the number is a multiple, where there is a good one: it then
+    only moves the zero point. Concat inputs take the output's scale if nothing else reads them, or if theirs is within
+    `concat_tie` of it: nothing is left to rescale then.
     """
 
     concat_tie: float = 0.85
@@ -48,7 +54,7 @@ class AlignScales:
             output = block.outputs[0]
             fits = True
             if lowering is Lowering.ADD:
-                fits = solver.add(node.inputs[0].name, node.inputs[1].name, output)
+                fits = solver.shift(node, output) or solver.add(node.inputs[0].name, node.inputs[1].name, output)
             elif lowering is Lowering.PRODUCT:
                 a, b = (t.name for t in node.inputs)
                 fits = state.specs[a].log2 or solver.mul(a, b, output)
@@ -177,6 +183,38 @@ class _Solver:
         fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), shift) for x in (a, b))
         self.pin(a, b)
         return fits
+
+    def shift(self, node: Node, output: str) -> bool:
+        """y = x + number: a scale for both of which the number is a multiple, so that the integers of x are those of y.
+
+        Nothing is rounded then, not even the number, which all zeros of x become.
+        """
+        number = addend(node)
+        if number is None or len(self.state.blocks[node.name].nodes) > 1:
+            return False
+        name = activation(node).name
+        params = self.params(name)
+        multiple = int(COARSER * abs(number) / float(params.scale))
+        apart = self.state.leader(name) != self.state.leader(output)
+        if not (multiple and apart and self.free(name) and self.free(output) and self._only_moved(output)):
+            return False
+        scale = np.float32(abs(number) / multiple)
+        behind = zero_point_behind(params.with_scale(scale), number)
+        limit = self.limits.get(self.state.leader(name), np.inf)
+        plain = params.axis is None and self.params(output).axis is None
+        if behind is None or not plain or float(scale) > min(COARSEST * float(params.scale), limit):
+            return False
+        self.move(name, scale)
+        for member in self.members[self.state.leader(output)]:
+            self.state.params[member] = replace(self.params(name), zero_point=behind)
+        self.pin(name, output)
+        return True
+
+    def _only_moved(self, name: str) -> bool:
+        """Whether the others that share the params of a tensor merely pass its values on."""
+        makers = [ir.producer(self.tensors[m]) for m in self.members[self.state.leader(name)] if m != name]
+        rules = [None if m is None else quantized_rule(self.state.ops, m) for m in makers]
+        return all(rule is not None and rule.lowering is Lowering.MOVE for rule in rules)
 
     def limit(self, x: str, c: str, shift: int) -> float:
         """The limit of an addend's scale, unless even the smallest ratio to the sum's scale is above it."""

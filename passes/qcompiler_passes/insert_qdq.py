@@ -12,8 +12,10 @@ from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, quantized_rule
 from qcompiler.quant import QuantParams, QuantSpec
 from qcompiler.rewrite import Rewriter
+from qcompiler.shift import activation, is_shift
 from qcompiler.state import Block, CompileState, Phase
 from qcompiler_passes.fold_functions import count_in_steps, round_slopes
+from qcompiler_passes.integer_nodes import dequantized, quantizer
 from qcompiler_passes.write_layers import write_layers
 
 BIAS = QuantSpec("int32", -(2**31), 2**31 - 1, symmetric=True)
@@ -25,6 +27,8 @@ class InsertQdq:
 
     An activation function that saturation already performs is removed; where the integer range is wider than its bounds, it
     becomes a block of its own behind the Q, because ONNX Runtime fuses a Conv only with a Q directly behind it.
+
+    An Add that only moves the zero point (see align-scales) becomes an Identity of the integers, which ONNX Runtime removes.
 
     On targets that have them, LayerNormalization, Softmax, attention x V and sums with Power-of-Two Factors become functions on
     integers here already: they differ from the float operators by more than rounding.
@@ -48,6 +52,7 @@ class InsertQdq:
         inserter.boundaries()
         count_in_steps(inserter.rewriter)
         write_layers(inserter.rewriter)
+        inserter.shift()
         return inserter.rewriter.finish() or inserter.count
 
 
@@ -72,10 +77,15 @@ class _Inserter:
         self.nodes = {n.name: n for n in state.graph.nodes}
         self.made_by_block: set[str] = set()
         self.unclipped: set[str] = set()
+        self.shifts: list[Node] = []
         self.count = 0
 
     def block(self, root: Node, block: Block) -> None:
         """Quantize the constants of a block and settle its activation."""
+        if is_shift(self.state, root):
+            self.shifts.append(root)
+            self.made_by_block.update(block.outputs)
+            return
         rule = quantized_rule(self.state.ops, root)
         for index in rule.activations(root):
             array, params = ir.value(root.inputs[index]), self.state.params.get(root.inputs[index].name)
@@ -149,6 +159,16 @@ class _Inserter:
             else:
                 self._behind_float(tensor, params)
             self.count += 1
+
+    def shift(self) -> None:
+        """Let the sums that only move the zero point pass the integers on."""
+        for node in self.shifts:
+            maker, q = dequantized(activation(node)), quantizer(self.rewriter, node.outputs[0])
+            assert maker is not None and q is not None
+            passed = self.rewriter.node("Identity", [maker.inputs[0]], origin=node, hint=f"{node.name}_shift")
+            self.rewriter.take_output(passed, q.outputs[0])
+            self.rewriter.remove(q)
+            self.rewriter.remove(node)
 
     def _behind_block(self, tensor: Tensor, params: QuantParams) -> None:
         """maker -> raw -> Q -> DQ -> tensor: every reader, float ones and graph outputs too, gets the dequantized value."""
