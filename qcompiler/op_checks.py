@@ -22,7 +22,7 @@ def matmul(node: Node) -> str | None:
     weight = ir.value(node.inputs[1])
     if weight is not None and weight.ndim != 2:
         return f"the weight has {weight.ndim} dimensions; integer kernels take 2"
-    return "the weight is not a constant" if weight is None else None
+    return "both factors are activations" if weight is None else None
 
 
 def gemm(node: Node) -> str | None:

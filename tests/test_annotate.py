@@ -48,7 +48,7 @@ def reasons(state: CompileState) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("v = Abs(x) y = MatMul(v, x)", "the weight is not a constant"),
+        ("v = Abs(x) y = MatMul(v, x)", "both factors are activations"),
         (
             "f = Reshape(x, flat) e = Unsqueeze(f, one) y = MatMul(e, w3)",
             "the weight has 3 dimensions; integer kernels take 2",
