@@ -83,7 +83,7 @@ def test_the_code_test_finds_the_examples() -> None:
         "transformers.md",
         "write-a-pass.md",
     }
-    assert [path.name for path in documents_with("pycon")] == ["numerics.md"]
+    assert [path.name for path in documents_with("pycon")] == ["modes.md", "numerics.md"]
 
 
 def test_table_of_passes() -> None:

@@ -103,3 +103,9 @@ def test_the_limit_of_bisection_leaves_activations_alone() -> None:
     state.rewrite_limit = 1
     assert FormBlocks().run(state) == 1
     assert absorbed(state) == ["Relu_r"]
+
+
+def test_without_fusion_each_node_is_a_block() -> None:
+    text = graph_text("g (float[1,4,2,2] x) => (float[] y) { a = Conv(x, w) y = Relu(a) }", w=weights(4, 4, 1, 1))
+    state = compiled(text, FormBlocks(fuse=False))
+    assert [block.nodes for block in state.blocks.values()] == [("Conv_a",), ("Relu_y",)]

@@ -9,13 +9,17 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from qcompiler_passes import MODES
 
+from qcompiler import ir
 from qcompiler.cli import cli
 from qcompiler.compile import compile_model
 from qcompiler.errors import UserError
+from qcompiler.shapes import infer_shapes
 from tests.support import model_from_text, ops_of, random_feeds, run
 
 RNG = np.random.default_rng(0)
+ROOT = Path(__file__).parent.parent
 
 
 def net() -> onnx.ModelProto:
@@ -95,3 +99,35 @@ def test_explain_tells_what_a_mode_makes_of_a_layer(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "quantize-dynamic    MatMul -> com.microsoft.DynamicQuantizeMatMul, together with Add_a" in result.output
     assert "becomes     com.microsoft.DynamicQuantizeMatMul" in result.output
+
+
+def condenser(mode: str) -> onnx.ModelProto:
+    """The model with attention condensers, compiled as a column of the document's table says."""
+    model, calib = ROOT / "models/condenser.onnx", ROOT / "models/mnist_calib"
+    if mode == "`static`":
+        return compile_model(model, calib, compare=False).model
+    if mode == "Q/DQ form":
+        return compile_model(compile_model(model, calib, emit="qdq", compare=False).model, compare=False).model
+    name, _, options = mode.replace("`", "").partition(", ")
+    passes = MODES[name].replace("quantize-dynamic", f"quantize-dynamic{{{options}}}")
+    return compile_model(model, passes=passes, compare=False).model
+
+
+@pytest.mark.parametrize("column", range(1, 6))
+def test_the_document_tells_what_runs_in_which_type(column: int) -> None:
+    lines = (ROOT / "docs/modes.md").read_text().partition("\n| operator |")[2].split("\n\n")[0].splitlines()
+    modes, *rows = [
+        [cell.strip() for cell in f"{line}".strip("|").split("|")] for line in (f"operator |{lines[0]}", *lines[2:])
+    ]
+    graph = ir.from_proto(condenser(modes[column]))
+    infer_shapes(graph)
+    found = [f"{node.op} {node.outputs[0].dtype}" for node in graph.nodes]
+    original = [node.op for node in ir.from_proto(onnx.load(ROOT / "models/condenser.onnx")).nodes]
+    assert len(rows) == 8
+    for row in rows:
+        op, count = row[0].split(", ")
+        assert original.count(op) >= int(count)
+        if row[column] == "none":
+            assert not any(name.startswith(f"{op} ") for name in found)
+        else:
+            assert found.count(row[column]) == int(count) or (op == "Mul" and row[column] in found)

@@ -21,7 +21,10 @@ class FormBlocks:
 
     The graph does not change. An activation is absorbed if nothing else reads what it reads; saturation does its work then.
     Element-wise functions in a row, with Add, Mul, … of single numbers between them, are one function with one table.
+    `fuse=false` makes each node a block of its own, to measure what fusion brings.
     """
+
+    fuse: bool = True
 
     name: ClassVar[str] = "form-blocks"
     requires: ClassVar[Phase] = Phase.FLOAT
@@ -36,7 +39,7 @@ class FormBlocks:
         for node in state.graph.nodes:
             if node.name in absorbed:
                 continue
-            block = _block(rewriter, node)
+            block = _block(rewriter, node, self.fuse)
             state.blocks[node.name] = block
             absorbed.update(block.nodes[1:])
             rewriter.count += len(block.nodes) - 1
@@ -48,10 +51,10 @@ def _lowering(state: CompileState, node: Node) -> Lowering:
     return Lowering.NONE if rule is None else rule.lowering
 
 
-def _block(rewriter: Rewriter, root: Node) -> Block:
+def _block(rewriter: Rewriter, root: Node, fuse: bool) -> Block:
     nodes, low, high = [root], -math.inf, math.inf
     lowering = _lowering(rewriter.state, root)
-    while not rewriter.exhausted and lowering in {*_ABSORBING, Lowering.TABLE}:
+    while fuse and not rewriter.exhausted and lowering in {*_ABSORBING, Lowering.TABLE}:
         follower = rewriter.only_user(nodes[-1].outputs[0])
         if follower is None:
             break
