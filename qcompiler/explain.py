@@ -257,8 +257,10 @@ def _tensor_facts(state: CompileState, name: str, role: str) -> TensorFacts:
         weight = role == Role.WEIGHT.value
         spec = state.target.weight if weight else state.specs.get(name)
         return TensorFacts(name, role, "float" if spec is None else spec.dtype, shared=shared)
-    scale = float(params.scale.min()), float(params.scale.max())
-    return TensorFacts(name, role, params.spec.dtype, scale, params.scale.size, params.zero_point, shared)
+    if params.spec.log2:
+        return TensorFacts(name, role, f"{params.spec.dtype} log2", shared=shared)
+    scale = float(params.scales.min()), float(params.scales.max())
+    return TensorFacts(name, role, params.spec.dtype, scale, params.scales.size, params.zero_point, shared)
 
 
 def _multiplier(node: ir.Node) -> Multiplier:
