@@ -37,14 +37,11 @@ _MAGIC = {
     b"\xff\xd8\xff": "a picture",
 }
 
-_INTEGER = ("DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "MatMulNBits", "MatMulIntegerToFloat", "QMoE")
-"""Operators of quantized models whose activations have no constant scales, or whose scales are gone."""
-
 
 def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     """Return a checked model that holds all of its data, with its functions inlined; `source` itself is not changed.
 
-    Raises UserError if it is missing, damaged, quantized beyond recognition, too old or new, or does not load in ONNX Runtime.
+    Raises UserError if it is missing, damaged, compiled already, too old or new, or does not load in ONNX Runtime.
     """
     if isinstance(source, onnx.ModelProto):
         where, model = "model", onnx.ModelProto()
@@ -56,7 +53,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         model = read_model(Path(source))
     qonnx.expand(model)
     _check_versions(model, where)
-    _refuse_integer(model, where)
+    _refuse_compiled(model, where)
     if model.functions:
         _check_functions(model, where)
     _make_initializers_constant(model)
@@ -171,14 +168,9 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
         raise UserError(f"opset {opset} is newer than the newest known, {newest}", where)
 
 
-def _refuse_integer(model: onnx.ModelProto, where: str) -> None:
-    for owner in (*graphs(model.graph), *model.functions):
-        for node in owner.node:
-            op = node.op_type
-            if op in _INTEGER or op.startswith(("QAttention", "DynamicQuantize")) or node.domain == functions.DOMAIN:
-                raise UserError(
-                    f"the model is already quantized, in a form without scales ({op}); give the float model", where
-                )
+def _refuse_compiled(model: onnx.ModelProto, where: str) -> None:
+    if any(n.domain == functions.DOMAIN for owner in (*graphs(model.graph), *model.functions) for n in owner.node):
+        raise UserError("the model is compiled already, to integers without scales; give the float model", where)
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:

@@ -250,3 +250,22 @@ def test_what_cannot_be_read_back_is_refused() -> None:
     model = model_from_text(text.replace(", float s, uint8 z)", ")"), arrays)
     with pytest.raises(UserError, match="QLinearSoftmax cannot be read back to float"):
         imported(model)
+
+
+@pytest.mark.parametrize("options", [{"emit": "kernels"}, {"emit": "integer"}, {"mode": "dynamic"}])
+def test_what_has_no_scales_stays_and_the_rest_is_compiled(options: dict[str, str]) -> None:
+    text = """g (float[4,64] x) => (float[4,64] y) {
+        q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) c = Cast<to=1>(i) f = Mul(s, t) m = Mul(c, f)
+        y = MatMul(m, v)
+    }"""
+    rng = np.random.default_rng(0)
+    integers = rng.integers(-127, 128, (64, 64), np.int8)
+    model = model_from_text(text, {"w": integers, "t": np.float32(0.001), "v": weights(64, 64)})
+    data = [{"x": rng.standard_normal((4, 64)).astype(np.float32)} for _ in range(8)]
+    result = compile_model(model, None if "mode" in options else data, optimize=None, **options)
+    assert ops_of(result.model).count("MatMulInteger") == (2 if options == {"emit": "integer"} else 1)
+    if "mode" not in options:
+        assert [layer.quantized for layer in result.report.layers if layer.op == "MatMul"] == [True]
+        assert "quantized without scales, left as it is: MatMulInteger 1" in result.report.notes
+    a, b = run(model, data[0])[0], run(result.model, data[0])[0]
+    assert 10 * np.log10(np.square(a).sum() / max(np.square(a - b).sum(), 1e-30)) > 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -43,7 +44,19 @@ class ImportQuantization:
         count = apply_rules(Rewriter(state), RULES)
         if count:
             infer_shapes(state.graph)
+        _note_untouched(state)
         return count
+
+
+_WITHOUT_SCALES = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QMoE")
+"""Products of quantized models whose activations have no constant scales: they stay, and so does what makes their integers."""
+
+
+def _note_untouched(state: CompileState) -> None:
+    found = Counter(n.op for n in state.graph.nodes if n.op in _WITHOUT_SCALES or n.op.startswith("DynamicQuantizeM"))
+    note = f"quantized without scales, left as it is: {', '.join(f'{op} {found[op]}' for op in sorted(found))}"
+    if found and note not in state.notes:
+        state.notes.append(note)
 
 
 def dequantize(rewriter: Rewriter, node: Node) -> Refusal | None:
