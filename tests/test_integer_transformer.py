@@ -10,10 +10,11 @@ import pytest
 from onnx import inliner
 from onnx.reference import ReferenceEvaluator
 from qcompiler_passes import LEVELS
+from qcompiler_passes.insert_qdq import InsertQdq
 
-from qcompiler import compile_model, runtime
+from qcompiler import compile_model, ir, runtime
 from qcompiler.compare import compare
-from qcompiler.compile import CompileResult
+from qcompiler.compile import CompileOptions, CompileResult, prepare
 from qcompiler.errors import UserError
 from tests.support import model_from_text
 
@@ -179,6 +180,17 @@ def test_the_default_level_corrects_biases_behind_integer_layers() -> None:
     result = compile_model(transformer(), samples(24), target="integer", emit="integer")
     assert float_nodes(result.model) == {"QuantizeLinear", "DequantizeLinear"}
     assert sqnr(result.model) > 25
+
+
+def test_any_number_of_quantized_tensors_makes_a_model() -> None:
+    options = CompileOptions(target="integer", until="scale-weights", level=1)
+    job = prepare(transformer(), samples(16), options)
+    job.pipeline.run(job.state)
+    for limit in range(0, 40, 3):
+        state = job.state.clone()
+        state.rewrite_limit = limit
+        InsertQdq().run(state)
+        assert sqnr(ir.to_proto(state.graph)) > 25, limit
 
 
 def test_attention_that_others_read_is_linear() -> None:

@@ -182,7 +182,8 @@ class _Solver:
                 self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), shift, limit))
         fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), shift) for x in (a, b))
         self.pin(a, b)
-        return fits
+        reach = sum(np.ptp(self.params(x).range) for x in (a, b)) / float(self.scale(c))
+        return fits and bool(reach * 2.0**quant.RATIO_SHIFT < 2**31)
 
     def shift(self, node: Node, output: str) -> bool:
         """y = x + number: a scale for both of which the number is a multiple, so that the integers of x are those of y.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -62,12 +63,32 @@ def _leave_float(state: CompileState, limit: int) -> None:
     for name in measured[limit:]:
         del state.params[name]
     nodes = {n.name: n for n in state.graph.nodes}
-    for name, block in list(state.blocks.items()):
+    while _leave_blocks(state, nodes) or _leave_codes(state):
+        pass
+
+
+def _leave_blocks(state: CompileState, nodes: Mapping[str, Node]) -> bool:
+    """Leave the blocks in float that read something without params; return whether there were any."""
+    found = []
+    for name, block in state.blocks.items():
+        root = nodes[block.root]
         if block.quantized:
-            root = nodes[block.root]
             reads = [root.inputs[i].name for i in quantized_rule(state.ops, root).activations(root)]
             if any(read not in state.params for read in reads):
-                state.blocks[name] = replace(block, quantized=False)
+                found.append(name)
+    for name in found:
+        state.blocks[name] = replace(state.blocks[name], quantized=False)
+    return bool(found)
+
+
+def _leave_codes(state: CompileState) -> bool:
+    """Forget the params of codes of attention that a float operator makes or reads; return whether there were any."""
+    codes = [t for t in ir.tensors(state.graph) if t.name in state.params and state.params[t.name].spec.log2]
+    integer = {name for name, block in state.blocks.items() if block.quantized}
+    found = [t.name for t in codes if not integer.issuperset(n.name for n in (*t.inputs, *t.outputs))]
+    for name in found:
+        del state.params[name]
+    return bool(found)
 
 
 class _Inserter:
