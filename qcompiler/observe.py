@@ -177,40 +177,64 @@ def _scattered(index: int) -> int:
 def _instrument(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int) -> None:
     """Replace the outputs: the least and the greatest value of all tensors, shape (tensors,), then a 1-D sample of each.
 
-    The sample has an odd stride, so that it does not stay in one column of a tensor whose width is a power of two. ONNX Runtime
-    computes the stride when it loads the model, wherever it knows the shape.
+    The sample has an odd stride, so that it does not stay in one column of a tensor whose width is a power of two. It is computed
+    here where the shape is known: the time that ONNX Runtime takes to fold constants grows with the square of their number.
     """
     graph = model.graph
     _check_tensors(graph, tensors)
-    numbers = {"flat": [-1], "first": [0], "one": [1], "two": [2], "window": [2 * sample_size]}
-    constants = [numpy_helper.from_array(np.array(v, np.int64), f"{_PREFIX}.{k}") for k, v in numbers.items()]
-    graph.initializer.extend(constants)
+    numbers = {"flat": [-1], "first": [0], "one": [1], "two": [2], "window": [2 * sample_size], "last": [2**63 - 1]}
+    constants = {k: numpy_helper.from_array(np.array(v, np.int64), f"{_PREFIX}.{k}") for k, v in numbers.items()}
     graph.input.append(helper.make_tensor_value_info(_SEED, TensorProto.INT64, [1]))
-    flat, first, one, two, window = (c.name for c in constants)
+    flat, first, _, _, _, last = (c.name for c in constants.values())
+    sizes = _sizes(graph)
     bounds: tuple[list[str], list[str]] = ([], [])
     samples = []
     for i, tensor in enumerate(tensors):
-        row, low, high, size, half, even, stride, start, sample = (f"{_PREFIX}.{i}.{j}" for j in range(9))
+        row, low, high, stride, start, sample = (f"{_PREFIX}.{i}.{j}" for j in range(6))
+        if tensor in sizes:
+            step = sizes[tensor] // (2 * sample_size) * 2 + 1
+            stride = f"{_PREFIX}.stride.{step}"
+            constants.setdefault(stride, numpy_helper.from_array(np.array([step], np.int64), stride))
+        graph.node.append(helper.make_node("Reshape", [tensor, flat], [row]))
+        graph.node.extend([] if tensor in sizes else _stride_of(row, stride))
         graph.node.extend(
             [
-                helper.make_node("Reshape", [tensor, flat], [row]),
                 helper.make_node("ReduceMin", [row], [low], keepdims=1),
                 helper.make_node("ReduceMax", [row], [high], keepdims=1),
-                helper.make_node("Shape", [row], [size]),
-                helper.make_node("Div", [size, window], [half]),
-                helper.make_node("Mul", [half, two], [even]),
-                helper.make_node("Add", [even, one], [stride]),
                 helper.make_node("Mod", [_SEED, stride], [start]),
-                helper.make_node("Slice", [row, start, size, first, stride], [sample]),
+                helper.make_node("Slice", [row, start, last, first, stride], [sample]),
             ]
         )
         bounds[0].append(low)
         bounds[1].append(high)
         samples.append(sample)
+    graph.initializer.extend(constants.values())
     ends = [f"{_PREFIX}.low", f"{_PREFIX}.high"]
     graph.node.extend(helper.make_node("Concat", list(b), [end], axis=0) for b, end in zip(bounds, ends, strict=True))
     del graph.output[:]
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*ends, *samples))
+
+
+def _stride_of(row: str, stride: str) -> list[onnx.NodeProto]:
+    """What computes the stride, where only a run tells the size."""
+    one, two, window = (f"{_PREFIX}.{name}" for name in ("one", "two", "window"))
+    size, half, even = (f"{stride}.{i}" for i in range(3))
+    return [
+        helper.make_node("Shape", [row], [size]),
+        helper.make_node("Div", [size, window], [half]),
+        helper.make_node("Mul", [half, two], [even]),
+        helper.make_node("Add", [even, one], [stride]),
+    ]
+
+
+def _sizes(graph: onnx.GraphProto) -> dict[str, int]:
+    """The numbers of elements of tensors whose shapes are known."""
+    found = {}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            found[value.name] = math.prod(dim.dim_value for dim in kind.shape.dim)
+    return found
 
 
 def _check_tensors(graph: onnx.GraphProto, tensors: Sequence[str]) -> None:
