@@ -14,7 +14,15 @@ from qcompiler.text import format_graph
 from tests.forms import TO_QDQ, all_forms, assert_bit_identical, compiled, graph_text, weights
 from tests.support import random_feeds
 
-CONSTANTS = {"w": weights(4, 4, 1, 1), "b": weights(4), "zero": 0.0, "one": 1.0, "half": 0.5, "wm": weights(16, 4)}
+CONSTANTS = {
+    "w": weights(4, 4, 1, 1),
+    "b": weights(4),
+    "zero": 0.0,
+    "one": 1.0,
+    "half": 0.5,
+    "column": weights(1, 4, 1, 1),
+    "wm": weights(16, 4),
+}
 
 
 def quantized(body: str, outputs: str = "float[] y") -> CompileState:
@@ -120,9 +128,19 @@ def test_float_readers_of_the_graph_input_keep_its_exact_value() -> None:
 
 
 def test_constants_of_an_add_are_integers() -> None:
+    state = quantized("a = Conv(x, w) s = Add(column, a) y = Conv(s, w)")
+    assert "s_raw = Add(column_q_dq, a)" in lines(state)
+    assert "column_q_dq = DequantizeLinear(column_q)" in lines(state)
+
+
+def test_a_sum_that_only_moves_the_zero_point_passes_integers_on() -> None:
     state = quantized("a = Conv(x, w) s = Add(half, a) y = Conv(s, w)")
-    assert "s_raw = Add(half_q_dq, a)" in lines(state)
-    assert "half_q_dq = DequantizeLinear(half_q)" in lines(state)
+    assert lines(state)[4:-3] == [
+        "a_raw = Conv(x_q_dq, w_1_q_dq)",
+        "a_raw_q = QuantizeLinear(a_raw)",
+        "s_raw_q = Identity(a_raw_q)",
+        "s = DequantizeLinear(s_raw_q)",
+    ]
 
 
 def test_a_float_result_needs_no_q() -> None:

@@ -52,8 +52,8 @@ LEVELS = {
     f"{_INTEGER}",
     "O1": f"{_FLOAT},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,{_INTEGER}",
     "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,choose-ranges,power-of-two-factors,align-scales,scale-weights,round-weights,"
-    f"correct-bias{{samples=128}},{_INTEGER}",
+    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate{{samples_per_tensor=65536}},choose-ranges,power-of-two-factors,align-scales,"
+    f"scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
 
