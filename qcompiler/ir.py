@@ -56,9 +56,10 @@ def to_proto(graph: Graph, metadata: dict[str, str] | None = None) -> onnx.Model
 def _attach_weights(graph: Graph) -> None:
     """Let the constants whose data is beside the proto hold those arrays themselves."""
     for tensor in tensors(graph):
-        lazy = tensor._values if isinstance(tensor, gs.Constant) else None
-        if isinstance(lazy, LazyValues) and detached.is_detached(lazy.tensor):
-            tensor.values, tensor.data_location = detached.array_of(lazy.tensor), None
+        if isinstance(tensor, gs.Constant) and isinstance(tensor._values, LazyValues):
+            lazy = tensor._values.tensor
+            if detached.is_detached(lazy):
+                tensor.values, tensor.data_location = detached.array_of(lazy), None
 
 
 @contextmanager

@@ -21,7 +21,9 @@ class Variable(Tensor):
     type: str
 
 class Constant(Tensor):
-    values: np.ndarray[Any, np.dtype[Any]]
+    values: Any
+    data_location: int | None
+    _values: Any
     def __init__(self, name: str, values: np.ndarray[Any, np.dtype[Any]]) -> None: ...
 
 class Node:
