@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from qcompiler_passes.align_scales import LARGEST_FACTOR, AlignScales, mean_factor
+from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.form_blocks import FormBlocks
+from qcompiler_passes.scale_solver import LARGEST_FACTOR, mean_factor
 
 from qcompiler import quant
 from qcompiler.quant import QuantSpec, params_from_range

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from qcompiler_passes.align_scales import COARSER, COARSEST, AlignScales
+from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.form_blocks import FormBlocks
+from qcompiler_passes.scale_solver import COARSER, COARSEST
 
 from qcompiler.quant import QuantSpec, params_from_range
 from qcompiler.runtime import run, session

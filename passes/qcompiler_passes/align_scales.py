@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
-from qcompiler import integer_functions, ir, quant
 from qcompiler.ir import Node
 from qcompiler.ops import Lowering, quantized_rule
-from qcompiler.quant import F32, QuantParams
-from qcompiler.shift import activation, addend, zero_point_behind
 from qcompiler.state import CompileState, Phase
-
-LARGEST_FACTOR = 16.0
-"""The largest rescale factor from accumulator to output: an int32 multiplier of 2**20, far above what measured ranges give."""
-
-COARSER, COARSEST = 1.02, 1.4
-"""What scales may be multiplied by so that a number becomes a multiple: 1 / COARSER at least, lest large values be clipped, and
-COARSEST at most: the noise of one rounding in steps of 1.4 is that of two in steps of 1."""
+from qcompiler_passes.scale_solver import ScaleSolver, spatial_size
 
 
 @dataclass(frozen=True)
@@ -43,297 +31,36 @@ class AlignScales:
 
     def run(self, state: CompileState) -> int:
         """Return the number of tensors whose scale moved."""
-        solver = _Solver(state)
+        solver = ScaleSolver(state)
         nodes = {n.name: n for n in state.graph.nodes}
         solver.bound_factors([nodes[root] for root, block in state.blocks.items() if block.quantized])
         for root, block in reversed(list(state.blocks.items())):
             if not block.quantized or root not in nodes:
                 continue
-            node = nodes[root]
-            lowering = quantized_rule(state.ops, node).lowering
-            output = block.outputs[0]
-            fits = True
-            if lowering is Lowering.ADD:
-                fits = solver.shift(node, output) or solver.add(node.inputs[0].name, node.inputs[1].name, output)
-            elif lowering is Lowering.PRODUCT:
-                a, b = (t.name for t in node.inputs)
-                fits = state.specs[a].log2 or solver.mul(a, b, output)
-            elif lowering is Lowering.MUL:
-                solver.gate(node.inputs[0].name, node.inputs[1].name, output)
-                solver.settle_mean(node)
-                fits = solver.mul(node.inputs[0].name, node.inputs[1].name, output)
-            elif lowering is Lowering.SUM:
-                fits = solver.mean(node.inputs[0].name, output, spatial_size(node))
-            elif lowering is Lowering.MEAN:
-                fits = solver.mean_of_any_size(node.inputs[0].name, output)
-            elif lowering is Lowering.SLOPE:
-                fits = solver.prelu(node.inputs[0].name, output)
-            elif lowering is Lowering.CONCAT:
-                solver.concat(node, output, self.concat_tie)
-            if not fits:
+            if not self._settle(solver, nodes[root], block.outputs[0]):
                 state.blocks[root] = replace(block, quantized=False, reason="its scales cannot all be dyadic")
         for root, block in list(state.blocks.items()):
             if block.quantized and root in nodes and not solver.multipliers_fit(nodes[root], block.outputs[0]):
                 state.blocks[root] = replace(block, quantized=False, reason="its output range is next to nothing")
         return solver.moved
 
-
-def spatial_size(node: Node) -> int:
-    """The number of elements that a GlobalAveragePool sums."""
-    shape = ir.static_shape(node.inputs[0]) or tuple(
-        d if isinstance(d, int) else 1 for d in ir.shape(node.inputs[0]) or ()
-    )
-    return int(np.prod(shape[2:]))
-
-
-def mean_factor(s_x: F32 | np.float32, s_y: F32 | np.float32, size: int) -> F32:
-    """The factor of an average over `size` elements as QLinearGlobalAveragePool computes it: `fl(s_x / fl(s_y * size))`."""
-    return np.asarray(np.asarray(s_x, np.float32) / (np.asarray(s_y, np.float32) * np.float32(size)), np.float32)
-
-
-class _Solver:
-    """Scales by leader tensor; a pinned one takes part in a factor and must not move any more."""
-
-    def __init__(self, state: CompileState) -> None:
-        self.state = state
-        self.members: dict[str, list[str]] = {}
-        for name in state.params:
-            self.members.setdefault(state.leader(name), []).append(name)
-        self.limits = self._limits()
-        self.tensors = {t.name: t for t in ir.tensors(state.graph)}
-        self.addends = self._addends()
-        self.pinned: set[str] = set()
-        self.moved = 0
-
-    def _limits(self) -> dict[str, float]:
-        """Where an activation bound is the end of the range, a larger scale would cost a clip of its own."""
-        limits: dict[str, float] = {}
-        for block in self.state.blocks.values():
-            for name in block.outputs:
-                params = self.state.params.get(name)
-                if params is not None and np.isfinite(block.high) and params.zero_point == params.spec.qmin:
-                    leader = self.state.leader(name)
-                    limits[leader] = min(limits.get(leader, np.inf), block.high / params.spec.steps * (1 + 1e-6))
-        return limits
-
-    def _addends(self) -> dict[str, str]:
-        """The sums of an activation and a constant: result -> the activation."""
-        found = {}
-        for node in self.state.graph.nodes:
-            block = self.state.blocks.get(node.name)
-            if block is not None and block.quantized and node.op == "Add" and not node.domain:
-                variable = [t.name for t in node.inputs if not ir.is_constant(t)]
-                if len(variable) == 1:
-                    found[block.outputs[0]] = variable[0]
-        return found
-
-    def params(self, name: str) -> QuantParams:
-        return self.state.params[self.state.leader(name)]
-
-    def scale(self, name: str) -> np.float32:
-        return np.float32(self.params(name).scale)
-
-    def free(self, name: str) -> bool:
-        return self.state.leader(name) not in self.pinned
-
-    def pin(self, *names: str) -> None:
-        self.pinned.update(self.state.leader(n) for n in names)
-
-    def move(self, name: str, scale: np.float32 | None) -> bool:
-        if scale is None:
-            return False
-        leader = self.state.leader(name)
-        if scale != self.scale(name):
-            self.moved += 1
-            for member in self.members[leader]:
-                self.state.params[member] = self.state.params[member].with_scale(scale)
-        return True
-
-    def bound_factors(self, nodes: list[Node]) -> None:
-        """Widen outputs whose steps are finer than their accumulators can use, as those of a layer that is always zero."""
-        for node in nodes:
-            output = self.state.blocks[node.name].outputs[0]
-            is_mac = quantized_rule(self.state.ops, node).lowering is Lowering.MAC
-            if not is_mac or output not in self.state.params:
-                continue
-            largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0))
-            finest = float(self.scale(node.inputs[0].name)) * largest / self.state.target.weight.qmax
-            if finest > LARGEST_FACTOR * float(self.scale(output)):
-                self.move(output, np.float32(finest / LARGEST_FACTOR))
-
-    def join(self, name: str, to: str) -> None:
-        """Let two classes of tensors share their params from now on."""
-        joined = self.members.pop(self.state.leader(name))
-        self.state.tie(name, to)
-        self.members[self.state.leader(to)] += joined
-
-    def add(self, a: str, b: str, c: str) -> bool:
-        """c = a + b: both ratios to c multiples of 2**-12, for each channel where c has Power-of-Two Factors."""
-        shift = quant.RATIO_SHIFT - max(self.params(c).exponents, default=0)
-        if self.free(c):
-            held = next((x for x in (a, b) if not self.free(x)), None)
-            if held is not None and self.state.leader(held) != self.state.leader(c):
-                s_x = self.scale(held)
-                self.move(c, quant.snap_scale(lambda s: s_x / s, float(self.scale(c)), True, shift))
-        self.pin(c)
-        for x in (a, b):
-            if self.free(x):
-                limit = self.limit(x, c, shift)
-                self.move(x, quant.snap_ratio(float(self.scale(x)), float(self.scale(c)), shift, limit))
-        fits = all(quant.is_dyadic(self.scale(x) / self.scale(c), shift) for x in (a, b))
-        self.pin(a, b)
-        reach = sum(np.ptp(self.params(x).range) for x in (a, b)) / float(self.scale(c))
-        return fits and bool(reach * 2.0**quant.RATIO_SHIFT < 2**31)
-
-    def shift(self, node: Node, output: str) -> bool:
-        """y = x + number: a scale for both of which the number is a multiple, so that the integers of x are those of y.
-
-        Nothing is rounded then, not even the number, which all zeros of x become.
-        """
-        number = addend(node)
-        if number is None or len(self.state.blocks[node.name].nodes) > 1:
-            return False
-        name = activation(node).name
-        params = self.params(name)
-        multiple = int(COARSER * abs(number) / float(params.scale))
-        apart = self.state.leader(name) != self.state.leader(output)
-        if not (multiple and apart and self.free(name) and self.free(output) and self._only_moved(output)):
-            return False
-        scale = np.float32(abs(number) / multiple)
-        behind = zero_point_behind(params.with_scale(scale), number)
-        limit = self.limits.get(self.state.leader(name), np.inf)
-        plain = params.axis is None and self.params(output).axis is None
-        if behind is None or not plain or float(scale) > min(COARSEST * float(params.scale), limit):
-            return False
-        self.move(name, scale)
-        for member in self.members[self.state.leader(output)]:
-            self.state.params[member] = replace(self.params(name), zero_point=behind)
-        self.pin(name, output)
-        return True
-
-    def _only_moved(self, name: str) -> bool:
-        """Whether the others that share the params of a tensor merely pass its values on."""
-        makers = [ir.producer(self.tensors[m]) for m in self.members[self.state.leader(name)] if m != name]
-        rules = [None if m is None else quantized_rule(self.state.ops, m) for m in makers]
-        return all(rule is not None and rule.lowering is Lowering.MOVE for rule in rules)
-
-    def limit(self, x: str, c: str, shift: int) -> float:
-        """The limit of an addend's scale, unless even the smallest ratio to the sum's scale is above it."""
-        limit = self.limits.get(self.state.leader(x), np.inf)
-        return limit if limit > float(self.scale(c)) * 2.0**-shift * (1 + 1e-5) else np.inf
-
-    def gate(self, a: str, b: str, c: str) -> None:
-        """c = a * b where b = a + constant, or the other way round: settle the ratio of a and b, which the product would pin."""
-        x, h = (a, b) if self.addends.get(b) == a else (b, a)
-        if self.addends.get(h) != x or not (self.free(x) and self.free(h)):
-            return
-        s_x, s_h = float(self.scale(x)), float(self.scale(h))
-        if self.free(c):
-            self.move(x, quant.snap_ratio(s_x, s_h))
-            self.pin(x, h)
-        elif (pair := quant.snap_pair(s_x, s_h, float(self.scale(c)))) is not None:
-            self.move(x, pair[0])
-            self.move(h, pair[1])
-
-    def mul(self, a: str, b: str, c: str) -> bool:
-        """c = a * b: the factor a multiple of 2**-16; the result moves if it can, else an operand."""
-        s_a, s_b, s_c = self.scale(a), self.scale(b), self.scale(c)
-        if not quant.is_dyadic(quant.rescale(s_a, s_b, s_c)):
-            leaders = [self.state.leader(x) for x in (a, b, c)]
-            factors: dict[str, Callable[[F32], F32]] = {
-                c: lambda s: quant.rescale(s_a, s_b, s),
-                a: lambda s: quant.rescale(s, s_b, s_c),
-                b: lambda s: quant.rescale(s_a, s, s_c),
-            }
-            if leaders[0] == leaders[1] != leaders[2]:  # as queries and keys that one product makes
-                factors, leaders = {c: factors[c], a: lambda s: quant.rescale(s, s, s_c)}, leaders[1:]
-            movable = [x for x in factors if self.free(x) and leaders.count(self.state.leader(x)) == 1]
-            if movable:
-                self.move(movable[0], quant.snap_scale(factors[movable[0]], float(self.scale(movable[0])), True))
-        self.pin(a, b, c)
-        return bool(quant.is_dyadic(quant.rescale(self.scale(a), self.scale(b), self.scale(c))))
-
-    def mean(self, x: str, y: str, size: int) -> bool:
-        """y = mean of x over `size` elements: the factor a multiple of 2**-16."""
-        s_x, s_y = self.scale(x), self.scale(y)
-        if not quant.is_dyadic(mean_factor(s_x, s_y, size)):
-            if self.free(y) and self.state.leader(x) != self.state.leader(y):
-                self.move(y, quant.snap_scale(lambda s: mean_factor(s_x, s, size), float(s_y), True))
-            elif self.free(x) and self.state.leader(x) != self.state.leader(y):
-                self.move(x, quant.snap_scale(lambda s: mean_factor(s, s_y, size), float(s_x), True))
-        self.pin(x, y)
-        return bool(quant.is_dyadic(mean_factor(self.scale(x), self.scale(y), size)))
-
-    def settle_mean(self, product: Node) -> None:
-        """x * mean of x: settle the ratio of the two, which the product would pin."""
-        for x, mean in (product.inputs, product.inputs[::-1]):
-            maker = ir.producer(mean)
-            block = None if maker is None else self.state.blocks.get(maker.name)
-            if maker is None or block is None or not block.quantized or maker.inputs[0] is not x:
-                continue
-            is_mean = quantized_rule(self.state.ops, maker).lowering is Lowering.MEAN
-            if is_mean and self.free(x.name) and self.free(mean.name):
-                self.mean_of_any_size(x.name, mean.name)
-
-    def mean_of_any_size(self, x: str, y: str) -> bool:
-        """y = mean of x: its scale 2**-n of that of x."""
-        s_x, s_y = float(self.scale(x)), float(self.scale(y))
-        apart = self.state.leader(x) != self.state.leader(y)
-        if self.free(y) and apart:
-            self.move(y, integer_functions.halved(s_x, s_y))
-        elif self.free(x) and apart:
-            self.move(x, integer_functions.doubled(s_y, s_x))
-        self.pin(x, y)
-        return integer_functions.halvings(float(self.scale(x)), float(self.scale(y))) is not None
-
-    def prelu(self, x: str, y: str) -> bool:
-        """y = PRelu of x: the ratio of their scales a multiple of 2**-12 without ties."""
-        s_x, s_y = float(self.scale(x)), float(self.scale(y))
-        ratio = integer_functions.snap_slope(s_x, s_y)
-        apart = self.state.leader(x) != self.state.leader(y)
-        if self.free(x) and apart:
-            self.move(x, np.float32(ratio * s_y))
-        elif self.free(y) and apart:
-            self.move(y, np.float32(s_x / ratio))
-        self.pin(x, y)
-        return integer_functions.upper_slope(float(self.scale(x)), float(self.scale(y))) is not None
-
-    def multipliers_fit(self, node: Node, output: str) -> bool:
-        """Whether the multipliers of a Conv, Gemm or MatMul are still int32 numbers after an Add moved its input's scale."""
-        rule = quantized_rule(self.state.ops, node)
-        if rule.lowering is not Lowering.MAC or output not in self.state.params:
-            return True
-        largest = float(np.abs(ir.array(node.inputs[1])).max(initial=0.0)) / self.state.target.weight.qmax
-        return float(self.scale(node.inputs[0].name)) * largest / float(self.scale(output)) < 64 * LARGEST_FACTOR
-
-    def concat(self, node: Node, output: str, tie: float) -> None:
-        """Let inputs take the output's params, if nothing else reads them or their scales are near: no rescale is left then.
-
-        What only the Concat reads is rounded to the steps of its output anyway, so that finer steps of its own help nobody.
-        """
-        zero_point = self.params(output).zero_point
-        inputs = {t.name: t for t in node.inputs if self.params(t.name).zero_point == zero_point}
-        if self.free(output) and inputs:
-            self.move(output, max(self.scale(name) for name in inputs))
-        target = self.scale(output)
-        for name in inputs:
-            apart = self.state.leader(name) != self.state.leader(output)
-            fits = target <= self.limits.get(self.state.leader(name), np.inf)
-            near = tie <= self.scale(name) / target <= 1.02
-            if (
-                apart
-                and self.free(name)
-                and (near or (fits and self.scale(name) <= target and self._only_for(name, node)))
-            ):
-                self.move(name, target)
-                self.join(name, output)
-
-    def _only_for(self, name: str, reader: Node) -> bool:
-        """Whether nothing but `reader` reads the values of a tensor, or of those that share its params."""
-        members = set(self.members[self.state.leader(name)])
-        outputs = {t.name for t in self.state.graph.outputs}
-        for tensor in (self.tensors[member] for member in members if member in self.tensors):
-            passed_on = [n for n in tensor.outputs if n is not reader and n.outputs[0].name not in members]
-            if passed_on or tensor.name in outputs:
-                return False
+    def _settle(self, solver: ScaleSolver, node: Node, output: str) -> bool:
+        """Choose the scales around one operator; return whether they fit."""
+        lowering, operands = quantized_rule(solver.state.ops, node).lowering, [t.name for t in node.inputs]
+        if lowering is Lowering.ADD:
+            return solver.shift(node, output) or solver.add(operands[0], operands[1], output)
+        if lowering is Lowering.PRODUCT:
+            return solver.state.specs[operands[0]].log2 or solver.mul(operands[0], operands[1], output)
+        if lowering is Lowering.MUL:
+            solver.gate(operands[0], operands[1], output)
+            solver.settle_mean(node)
+            return solver.mul(operands[0], operands[1], output)
+        if lowering is Lowering.SUM:
+            return solver.mean(operands[0], output, spatial_size(node))
+        if lowering is Lowering.MEAN:
+            return solver.mean_of_any_size(operands[0], output)
+        if lowering is Lowering.SLOPE:
+            return solver.prelu(operands[0], output)
+        if lowering is Lowering.CONCAT:
+            solver.concat(node, output, self.concat_tie)
         return True

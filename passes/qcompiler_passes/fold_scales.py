@@ -15,11 +15,11 @@ from qcompiler.quant import QuantParams
 from qcompiler.rewrite import Refusal, Rewriter
 from qcompiler.runtime import run, session
 from qcompiler.state import CompileState, Phase
-from qcompiler_passes.align_scales import mean_factor, spatial_size
 from qcompiler_passes.fold_functions import fold_mean, fold_slopes
 from qcompiler_passes.form_blocks import activation_bounds
 from qcompiler_passes.insert_qdq import integer_bounds
 from qcompiler_passes.integer_nodes import dequantized, operands, quantizer, requantize, rescale
+from qcompiler_passes.scale_solver import mean_factor, spatial_size
 
 
 @dataclass(frozen=True)
