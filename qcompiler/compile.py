@@ -141,6 +141,7 @@ def compile_model(
     output: str | Path | None = None,
     verify: bool = True,
     compare: bool = True,
+    timed: bool = True,
     dump: str | Path | None = None,
     dump_changed: bool = False,
     reproduce: str | Path | None = None,
@@ -153,11 +154,12 @@ def compile_model(
     """Compile a float ONNX model to int8; write it if `output` is given.
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
-    verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples that
-    are held back from calibration. dump: a folder for a snapshot after every pass, or with dump_changed after those that
-    changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
-    passes. eval: labelled data or a function that judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and
-    cheapest layers in float that it takes for so many dB at every output, or to lose no more of the metric.
+    verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples
+    that are held back from calibration, and warn of outputs below 10 dB; without `timed` measure no speed. dump: a folder
+    for a snapshot after every pass, or with dump_changed after those that changed something. reproduce: a new folder for
+    what reproduces the crash of a pass. instruments: what else watches the passes. eval: labelled data or a function that
+    judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and cheapest layers in float that it takes for
+    so many dB at every output, or to lose no more of the metric.
 
     options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same. level: 0
     (fast to compile) to 3 (most accurate). mode: another pipeline than those, such as `dynamic`; see docs/modes.md. bits: of
@@ -195,7 +197,7 @@ def compile_model(
     report = _report(job, compiled, layers_of(job.state, operators.of), timing.passes)
     report.path = None if target_path is None else str(target_path)
     if compare:
-        _compare(report, job, compiled)
+        _compare(report, job, compiled, timed)
     if judged is not None:
         report.score = evaluate(judged, job.float_model, compiled)
     report.reached = reached
@@ -224,7 +226,7 @@ def _report(job: Job, compiled: onnx.ModelProto, layers: list[Layer], passes: li
     return report
 
 
-def _compare(report: Report, job: Job, compiled: onnx.ModelProto) -> None:
+def _compare(report: Report, job: Job, compiled: onnx.ModelProto, timed: bool) -> None:
     """Measure on the samples that are held back, or on random ones if a quantized model came without data."""
     samples: Sequence[Feeds] = []
     if job.split is not None:
@@ -232,7 +234,7 @@ def _compare(report: Report, job: Job, compiled: onnx.ModelProto) -> None:
     elif job.state.imported:
         samples = random_samples(input_specs(job.float_model), job.state.imported)
     if samples:
-        measure(report, job.float_model, compiled, samples)
+        measure(report, job.float_model, compiled, samples, timed)
 
 
 def _keep_for(goal: Goal, job: Job, judged: Judge | None) -> Reached:

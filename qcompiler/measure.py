@@ -17,14 +17,31 @@ from qcompiler.samples import InputSpec
 from qcompiler.state import Feeds
 from qcompiler.traps import find_traps
 
+SQNR_FLOOR = 10.0
+"""dB below which an output is called wrong: the error is then a third of the signal."""
+
+EQUAL_FLOOR = 0.5
+"""The same for outputs that are no floats: the share of equal elements."""
+
+WORST_SQNR = -999.0
+"""dB of an output with values that are not finite, or that should be zero: what JSON can hold."""
+
 RACE_SECONDS = 0.3
 RANDOM_SAMPLES = 4
 
 
-def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
-    """Fill in the outputs, the speed and the kernels of a report; `samples` were held back from calibration."""
+def measure(
+    report: Report, before: onnx.ModelProto, after: onnx.ModelProto, samples: Sequence[Feeds], timed: bool = True
+) -> None:
+    """Fill in the outputs and the warnings of a report, and if `timed` the speed and the kernels.
+
+    `samples` were held back from calibration.
+    """
     a, b = runtime.session(before), runtime.session(after)
     report.outputs = compare(a, b, samples)
+    report.warnings += warnings_of(report.outputs)
+    if not timed:
+        return
     seconds = runtime.race(a, b, dict(samples[0]), RACE_SECONDS)
     report.speed = Speed(*(round(1e3 * s, 4) for s in seconds))
     try:
@@ -33,6 +50,21 @@ def measure(report: Report, before: onnx.ModelProto, after: onnx.ModelProto, sam
         report.notes += find_traps(after, running) if report.emit == "kernels" else []
     except (OSError, RuntimeError):  # it goes through a temporary file
         report.notes.append("the kernels are not counted: the temporary folder cannot be written")
+
+
+def warnings_of(outputs: Sequence[OutputMatch]) -> list[str]:
+    """One line for each output that is too far from the float model's to be of use."""
+    return [f"output '{o.name}' {fault}" for o in outputs if (fault := _fault(o)) is not None]
+
+
+def _fault(output: OutputMatch) -> str | None:
+    if output.not_finite:
+        return f"has {output.not_finite} values that are inf or NaN, unlike the float model's"
+    if output.sqnr is not None and output.sqnr < SQNR_FLOOR:
+        return f"is far from the float model's: {output.sqnr:.1f} dB, below {SQNR_FLOOR:.0f} dB"
+    if output.sqnr is None and output.equal < EQUAL_FLOOR:
+        return f"is far from the float model's: {output.equal:.0%} of its elements are equal"
+    return None
 
 
 def random_samples(specs: Sequence[InputSpec], params: Mapping[str, QuantParams]) -> list[Feeds]:
@@ -72,7 +104,7 @@ def compare(before: Session, after: Session, samples: Sequence[Feeds]) -> list[O
     for feeds in samples:
         for total, x, y in zip(totals, runtime.run(before, feeds), runtime.run(after, feeds), strict=True):
             total.add(x, y)
-    return [OutputMatch(name, total.sqnr(), total.share()) for name, total in zip(names, totals, strict=True)]
+    return [total.match(name) for name, total in zip(names, totals, strict=True)]
 
 
 class _Total:
@@ -80,21 +112,37 @@ class _Total:
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
-        self.equal = self.count = 0
+        self.equal = self.count = self.not_finite = 0
 
     def add(self, x: Any, y: Any) -> None:
-        if not isinstance(x, np.ndarray) or x.shape != y.shape:
-            return  # a sequence, or a shape that depends on the data
-        self.count += x.size
-        self.equal += int(np.count_nonzero(x == y))
+        """Take in an array, or a sequence of arrays; where shapes depend on the data and differ, no element is equal."""
+        if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+            for a, b in zip(x, y, strict=True):
+                self.add(a, b)
+        elif isinstance(x, np.ndarray) and isinstance(y, np.ndarray) and x.shape == y.shape:
+            self._add_array(x, y)
+        else:
+            self.count += max(int(np.size(x)) if isinstance(x, np.ndarray) else 1, 1)
+
+    def _add_array(self, x: Any, y: Any) -> None:
+        same = x == y
         if x.dtype.kind == "f":
-            finite = np.isfinite(x)
-            wide = x[finite].astype(np.float64)
+            same |= np.isnan(x) & np.isnan(y)
+            compared = np.isfinite(x) & np.isfinite(y)
+            self.not_finite += int(np.count_nonzero(np.isfinite(x) & ~compared))
+            wide = x[compared].astype(np.float64)
             self.signal += float(np.sum(wide**2))
-            self.noise += float(np.sum((wide - y[finite]) ** 2))
+            self.noise += float(np.sum((wide - y[compared]) ** 2))
+        self.count += x.size
+        self.equal += int(np.count_nonzero(same))
 
-    def sqnr(self) -> float | None:
-        return round(10 * float(np.log10((self.signal + 1e-300) / self.noise)), 2) if self.noise else None
+    def match(self, name: str) -> OutputMatch:
+        share = round(self.equal / self.count, 6) if self.count else 1.0
+        return OutputMatch(name, self._sqnr(), share, self.not_finite)
 
-    def share(self) -> float:
-        return round(self.equal / self.count, 6) if self.count else 1.0
+    def _sqnr(self) -> float | None:
+        if self.not_finite:
+            return WORST_SQNR
+        if not self.noise:
+            return None
+        return max(round(10 * float(np.log10((self.signal + 1e-300) / self.noise)), 2), WORST_SQNR)

@@ -37,11 +37,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class OutputMatch:
-    """How near an output comes to the float model's: SQNR in dB (None if exact, or not float) and the share of equal elements."""
+    """How near an output comes to the float model's: SQNR in dB (None if exact, or not float), the share of equal elements, and
+    how many values are not finite where the float model's are.
+    """
 
     name: str
     sqnr: float | None
     equal: float
+    not_finite: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ class Reached:
 class Report:
     """The facts of one compilation. `emit`: the phase that was reached. `kernels`: operators that ONNX Runtime really runs.
 
-    `original`: what the compiled model is compared with. `predicted`: seconds of one inference, in float and as compiled, by
-    the cost table. `samples`, `held_back`: how many calibrated, and how many were compared; `bytes`: size of the original and
-    the compiled model.
+    `warnings`: why the compiled model should not be used as it is. `original`: what the compiled model is compared with.
+    `predicted`: seconds of one inference, in float and as compiled, by the cost table. `samples`, `held_back`: how many
+    calibrated, and how many were compared; `bytes`: size of the original and the compiled model.
     """
 
     source: str
@@ -130,6 +133,7 @@ class Report:
     kernels: dict[str, int] = field(default_factory=dict)
     score: Score | None = None
     reached: Reached | None = None
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     passes: list[PassTime] = field(default_factory=list)
 
@@ -140,6 +144,8 @@ class Report:
     def rows(self, verbose: bool = False) -> Iterator[tuple[str, str]]:
         """The summary, as (what, value); `verbose` lists every layer and kernel."""
         yield self.path or "compiled model", f"{self.emit} for {self.target}"
+        for warning in self.warnings if verbose else self.warnings[:MAX_GROUPS]:
+            yield "WARNING", warning
         if self.layers or self.emit in _UNDECIDED:
             yield from _quantized(self.layers)
         else:

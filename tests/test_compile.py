@@ -154,7 +154,10 @@ def test_levels_are_pipelines() -> None:
 def test_a_level_goes_with_a_form_and_a_collector() -> None:
     report = compile_model(net(), samples(4), level=0, emit="qdq", collector="omse", compare=False).report
     assert report.emit == "qdq"
-    assert "calibrate,align-scales,scale-weights{search=false},insert-qdq,guard-float,cleanup" in report.pipeline
+    assert (
+        "calibrate,power-of-two-factors,align-scales,scale-weights{search=false},insert-qdq,guard-float,cleanup"
+        in report.pipeline
+    )
     named = compile_model(net(), samples(4), passes="O0", emit="qdq", collector="omse", compare=False).report
     assert named.pipeline == report.pipeline
 

@@ -74,7 +74,7 @@ Examples:
 @click.option("--report", type=PATH, metavar="FILE.html", help="Write a page with all there is to know of the result.")
 @click.option("--no-verify", is_flag=True, help="Do not check the invariants after every pass.")
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and warnings of outputs below 10 dB.")
 @click.option("-v", "--verbose", is_flag=True, help="List every layer that stays float, and the kernels.")
 def command(
     model: Path,
@@ -112,7 +112,7 @@ def command(
             calib,
             output=output,
             verify=not no_verify,
-            compare=as_json or not quiet or report is not None,
+            timed=as_json or not quiet or report is not None,
             dump=dump,
             dump_changed=dump_changed,
             reproduce=_reproducer(output) if repro is None else repro,
@@ -129,6 +129,9 @@ def command(
             click.echo(json.dumps({**result.report.to_dict(), **why_not}))
         elif not quiet:
             _print_summary(result, verbose, show_time)
+        if as_json or quiet:
+            for warning in result.report.warnings:
+                click.echo(f"warning: {warning}", err=True)
         if refusals and not as_json:
             click.echo("\n".join(refusals.lines(verbose)))
     except BrokenPipeError:  # whoever read the summary has gone; the work is done
@@ -162,8 +165,9 @@ def _print_summary(result: CompileResult, verbose: bool, show_time: bool) -> Non
     console = Console(highlight=False)
     if console.is_terminal:
         grid = Table.grid(padding=(0, 2))
-        for label, (_, value) in zip(labels, rows, strict=True):
-            grid.add_row(Text(f"  {label}", style="bold"), Text(value))
+        for label, (what, value) in zip(labels, rows, strict=True):
+            alarm = what == "WARNING"
+            grid.add_row(Text(f"  {label}", style="bold red" if alarm else "bold"), Text(value, "red" if alarm else ""))
         console.print(Text(title, style="bold green"), Text(subtitle), Text(""), sep="  ", end="\n")
         console.print(grid)
     else:
