@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from qcompiler import runtime
+from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge
 from qcompiler.quant import QuantParams
 from qcompiler.report import OutputMatch, Report, Score, Speed
@@ -98,11 +99,18 @@ def evaluate(judge: Judge, before: onnx.ModelProto, after: onnx.ModelProto) -> S
 
 
 def compare(before: Session, after: Session, samples: Sequence[Feeds]) -> list[OutputMatch]:
-    """Compare every output on the samples: `SQNR = 10 log10(sum x**2 / sum (x - y)**2)` over all of them."""
+    """Compare every output on the samples: `SQNR = 10 log10(sum x**2 / sum (x - y)**2)` over all of them.
+
+    Raises UserError if the model `before` does not run.
+    """
     names = [output.name for output in before.get_outputs()]
     totals = [_Total() for _ in names]
     for feeds in samples:
-        for total, x, y in zip(totals, runtime.run(before, feeds), runtime.run(after, feeds), strict=True):
+        try:
+            expected = runtime.run(before, feeds)
+        except RuntimeError as error:
+            raise UserError(str(error), "calibration data") from error
+        for total, x, y in zip(totals, expected, runtime.run(after, feeds), strict=True):
             total.add(x, y)
     return [total.match(name) for name, total in zip(names, totals, strict=True)]
 

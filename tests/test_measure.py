@@ -10,6 +10,7 @@ import pytest
 
 from qcompiler import runtime
 from qcompiler.compile import compile_model
+from qcompiler.errors import UserError
 from qcompiler.measure import WORST_SQNR, compare, warnings_of
 from qcompiler.report import OutputMatch
 from tests.support import model_from_text
@@ -131,3 +132,10 @@ def test_quiet_and_json_warn_on_stderr(qcompile: Run, spoilt: list[str]) -> None
 
 def test_a_good_model_is_quiet(qcompile: Run) -> None:
     assert qcompile("net.onnx", "--calib", "calib", "-q") == (0, "", "")
+
+
+def test_a_float_model_that_does_not_run_is_the_users_error() -> None:
+    text = "g (float[4] x, int64[1] shape) => (float[n] y) { y = Reshape(x, shape) }"
+    bad = [{"x": np.zeros(4, np.float32), "shape": np.array([3])}]
+    with pytest.raises(UserError, match="ONNX Runtime does not run the model"):
+        compile_model(model_from_text(text), bad)
