@@ -102,3 +102,13 @@ def test_a_compiled_model_compiles_to_itself() -> None:
     again = compile_model(once).model
     for feeds in samples:
         assert np.array_equal(run(once, feeds)[0], run(again, feeds)[0])
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_scales_that_are_not_constants_leave_an_operator_as_it_is(key: str) -> None:
+    shape, body, _ = CASES[key]
+    rank = shape.count(",") + 1
+    text = f"g (uint8[{shape}] x, float t) => (uint8[{','.join('ABCD'[:rank])}] y) {{ {body} }}"
+    state = state_of(model_from_text(text, {name: array for name, array in ARRAYS.items() if name != "t"}))
+    assert apply_rules(Rewriter(state), RULES) == 0
+    assert {refusal.reason for refusal in state.refusals.values()} == {"a scale or zero point is not a constant"}

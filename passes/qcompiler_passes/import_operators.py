@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,9 @@ def to_float(rewriter: Rewriter, node: Node) -> Refusal | None:
     unknown = [k for k in attributes if k not in form.attributes]
     if unknown:
         raise UserError(f"{node.op}'s attribute {unknown[0]} is not understood", f"node {node.name!r}")
+    varying = _varying(node, [*(j for i in form.inputs for j in (i + 1, i + 2)), form.output, form.output + 1])
+    if varying is not None:
+        return varying
     inputs = [_dequantized(rewriter, node, i, _axis(form, node, i)) for i in form.inputs]
     bias = None if form.bias is None else ir.optional_input(node, form.bias)
     if bias is not None:
@@ -72,6 +76,9 @@ def to_float(rewriter: Rewriter, node: Node) -> Refusal | None:
 
 def concat_to_float(rewriter: Rewriter, node: Node) -> Refusal | None:
     """The rule for QLinearConcat: the output's scale and zero point, then three inputs for each tensor."""
+    varying = _varying(node, [i for i in range(len(node.inputs)) if i % 3 != 2])
+    if varying is not None:
+        return varying
     inputs = [_dequantized(rewriter, node, i, None) for i in range(2, len(node.inputs), 3)]
     result = rewriter.node("Concat", inputs, origin=node, hint=node.name, axis=node.attrs["axis"])
     _quantize(rewriter, node, result, 0)
@@ -85,12 +92,19 @@ def _axis(form: _Form, node: Node, position: int) -> int | None:
     return 0 if form.op == "Conv" or node.attrs.get("transB", 0) else -1
 
 
+def _varying(node: Node, positions: Iterable[int]) -> Refusal | None:
+    """The refusal of a node with a scale or zero point, at these inputs, that is no constant."""
+    for tensor in (ir.optional_input(node, i) for i in positions):
+        if tensor is not None and ir.value(tensor) is None:
+            return Refusal("a scale or zero point is not a constant", tensor.name)
+    return None
+
+
 def _constant(node: Node, index: int) -> NDArray[Any]:
     """A scale or zero point; a zero point that is left out is 0."""
     tensor = ir.optional_input(node, index)
     values = np.zeros((), np.uint8) if tensor is None else ir.value(tensor)
-    if values is None:
-        raise UserError(f"a scale or zero point of {node.op} is not a constant", f"node {node.name!r}")
+    assert values is not None
     return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 

@@ -53,7 +53,9 @@ _WITHOUT_SCALES = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "MatM
 
 
 def _note_untouched(state: CompileState) -> None:
-    found = Counter(n.op for n in state.graph.nodes if n.op in _WITHOUT_SCALES or n.op.startswith("DynamicQuantizeM"))
+    found = Counter(
+        n.op for n in state.graph.nodes if n.op in _WITHOUT_SCALES or n.op.startswith(("DynamicQuantizeM", "QLinear"))
+    )
     note = f"quantized without scales, left as it is: {', '.join(f'{op} {found[op]}' for op in sorted(found))}"
     if found and note not in state.notes:
         state.notes.append(note)
