@@ -19,8 +19,11 @@ from qcompiler.errors import UserError
 from qcompiler.external import MAX_BYTES, graphs, load_external_data, refuse_unloaded
 from qcompiler.samples import InputSpec
 
-MIN_OPSET = 7
-"""Older operators broadcast by attribute and consume their inputs."""
+MIN_OPSET = 6
+"""Older operators consume their inputs. Of opset 6, ONNX Runtime runs what did not change in opset 7."""
+
+_STANDARD = ("", "ai.onnx")
+"""How the domain of the ONNX operators may be spelt."""
 
 MAX_ELEMENTS = 2**31
 """No tensor of a model that runs on a CPU is as large; one that claims to be is a mistake or an attack."""
@@ -157,7 +160,9 @@ def _read(path: Path) -> bytes:
 def _check_versions(model: onnx.ModelProto, where: str) -> None:
     if model.ir_version > onnx.IR_VERSION:
         raise UserError(f"IR version {model.ir_version} is newer than the newest known, {onnx.IR_VERSION}", where)
-    versions = [d.version for d in model.opset_import if d.domain in ("", "ai.onnx")]
+    if not any(n.domain in _STANDARD for owner in (*graphs(model.graph), *model.functions) for n in owner.node):
+        _import_standard(model)
+    versions = [d.version for d in model.opset_import if d.domain in _STANDARD]
     opset = max(versions, default=0)
     if not versions:
         raise UserError("the model does not import the ONNX operators (no opset)", where)
@@ -166,6 +171,12 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
         raise UserError(f"opset {opset} is newer than the newest known, {newest}", where)
+
+
+def _import_standard(model: onnx.ModelProto) -> None:
+    """Let a model with operators of other domains only import the standard ones, which passes may need."""
+    if model.opset_import and not any(d.domain in _STANDARD for d in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid("", MIN_OPSET))
 
 
 def _refuse_compiled(model: onnx.ModelProto, where: str) -> None:

@@ -294,7 +294,7 @@ def newer_ir() -> onnx.ModelProto:
             already_compiled,
             "the model is compiled already, to integers without scales; give the float model",
         ),
-        (lambda: opset(6), "opset 6 is too old: export with opset 7 or newer"),
+        (lambda: opset(5), "opset 5 is too old: export with opset 6 or newer"),
         (lambda: opset(99), "opset 99 is newer than the newest known"),
         (newer_ir, "IR version 99 is newer than the newest known"),
         (optional, "values of type optional are not supported (o)"),
