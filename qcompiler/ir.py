@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -130,6 +131,12 @@ def is_constant(tensor: Tensor) -> bool:
 def value(tensor: Tensor) -> NDArray[Any] | None:
     """The value of a constant tensor, or None."""
     return tensor.values if isinstance(tensor, gs.Constant) else None
+
+
+def constant_proto(constant: Constant) -> onnx.TensorProto:
+    """A constant as a proto; one that was not read yet stays so, for strings do not survive it."""
+    lazy = constant._values
+    return lazy.tensor if isinstance(lazy, LazyValues) else numpy_helper.from_array(np.asarray(lazy))
 
 
 def array(tensor: Tensor) -> NDArray[Any]:

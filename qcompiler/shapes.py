@@ -93,7 +93,7 @@ def _node_proto(node: Node, visible: set[str]) -> onnx.NodeProto:
         if isinstance(attribute, Graph):
             proto.attribute.append(helper.make_attribute(key, _graph_proto(attribute, visible)))
         elif isinstance(attribute, ir.Constant):
-            proto.attribute.append(helper.make_attribute(key, numpy_helper.from_array(np.asarray(attribute.values))))
+            proto.attribute.append(helper.make_attribute(key, ir.constant_proto(attribute)))
         elif not isinstance(attribute, (list, tuple)) or len(attribute):
             proto.attribute.append(helper.make_attribute(key, attribute))
     return proto

@@ -66,3 +66,17 @@ def test_a_wrong_model_changes_nothing() -> None:
     model = model_from_text("g (float[2,3] x) => (float[2,3] y) { t = MatMul (x, x) y = Relu (t) }")
     model.graph.value_info.append(onnx.helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, [2, 3]))
     assert inferred(model)[1]["t"] == (2, 3)
+
+
+def test_attributes_of_strings_survive() -> None:
+    keys = onnx.helper.make_tensor("keys", onnx.TensorProto.STRING, [2], [b"a", b"b"])
+    values = onnx.helper.make_tensor("values", onnx.TensorProto.INT64, [2], [3, 4])
+    node = onnx.helper.make_node(
+        "LabelEncoder", ["x"], ["y"], "n", domain="ai.onnx.ml", keys_tensor=values, values_tensor=keys
+    )
+    model = model_from_text("g (int64[2] x) => (string[2] y) { y = Identity(x) }")
+    model.graph.node[0].CopyFrom(node)
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 4))
+    graph = ir.from_proto(model)
+    infer_shapes(graph)
+    assert ir.to_proto(graph).graph.node[0].attribute == model.graph.node[0].attribute
