@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qcompiler import ir, quant
+from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, quantized_rule
 from qcompiler.quant import QuantParams, QuantSpec
@@ -129,7 +130,9 @@ class _Inserter:
         self.count += 1
 
     def _weights(self, node: Node, rule: OpRule) -> None:
-        weight, params = ir.array(node.inputs[1]), self.state.params[node.inputs[1].name]
+        weight, params = ir.array(node.inputs[1]), self.state.params.get(node.inputs[1].name)
+        if params is None:
+            raise UserError("weights have no scales yet: run scale-weights before", "pipeline")
         self._constant(node, 1, weight, params)
         bias = ir.optional_input(node, 2)
         if bias is not None:
