@@ -21,7 +21,8 @@ from qcompiler import runtime
 from qcompiler.collectors import Collector
 from qcompiler.errors import UserError
 from qcompiler.quant import F32
-from qcompiler.runtime import Feeds, Session
+from qcompiler.relay import SECTION, Relay, split
+from qcompiler.runtime import Feeds
 
 SAMPLE_SIZE = 4096
 """About how many values of a tensor are looked at for each calibration sample."""
@@ -59,11 +60,10 @@ def observe(
     """
     if not tensors:
         return {}
-    _instrument(model, tensors, sample_size)
-    session = runtime.session(model, low_memory=True, consume=True)
+    runner, order = _instrumented(model, tensors, sample_size)
     samples = _Samples(source, progress)
     team = [
-        _Worker(session, {t: (limits or {}).get(t, _NO_LIMITS) for t in tensors}, make)
+        _Worker(runner, {t: (limits or {}).get(t, _NO_LIMITS) for t in order}, make)
         for _ in range(workers or runtime.WORKERS)
     ]
     with ThreadPoolExecutor(len(team)) as pool:
@@ -78,7 +78,7 @@ def observe(
     for worker in team[1:]:
         for name, collector in collectors.items():
             collector.merge(worker.collectors[name])
-    return collectors
+    return {name: collectors[name] for name in tensors}
 
 
 class _Samples:
@@ -123,10 +123,8 @@ class _Samples:
 class _Worker:
     """Runs samples and feeds its own collectors."""
 
-    def __init__(
-        self, session: Session, limits: Mapping[str, tuple[float, float]], make: Callable[[], Collector]
-    ) -> None:
-        self.session = session
+    def __init__(self, runner: Relay, limits: Mapping[str, tuple[float, float]], make: Callable[[], Collector]) -> None:
+        self.runner = runner
         self.limits = limits
         self.collectors = {name: make() for name in limits}
 
@@ -142,9 +140,11 @@ class _Worker:
     def _observe(self, index: int, feeds: Feeds) -> None:
         where = f"calibration sample {index}"
         try:
-            lows, highs, *values = runtime.run(self.session, {**feeds, _SEED: np.array([_scattered(index)], np.int64)})
+            rows = runtime.run(self.runner, {**feeds, _SEED: np.array([_scattered(index)], np.int64)})
         except (UserError, RuntimeError) as error:
             raise UserError(error.what if isinstance(error, UserError) else str(error), where) from error
+        ends = (len(rows) - len(self.collectors)) // 2
+        lows, highs, values = np.concatenate(rows[:ends]), np.concatenate(rows[ends : 2 * ends]), rows[2 * ends :]
         bounds = zip(lows.tolist(), highs.tolist(), strict=True)
         for (name, collector), (low, high), sample in zip(self.collectors.items(), bounds, values, strict=True):
             if sample.size:
@@ -174,23 +174,46 @@ def _scattered(index: int) -> int:
     return (index * 2654435761 + 12345) % 2**32 >> 1
 
 
-def _instrument(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int) -> None:
-    """Replace the outputs: the least and the greatest value of all tensors, shape (tensors,), then a 1-D sample of each.
+def _instrumented(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int) -> tuple[Relay, list[str]]:
+    """What runs the instrumented model, and the order of the tensors in what it gives.
+
+    That is the least values of the tensors of each section, the greatest likewise, then a sample of each tensor.
+    """
+    _check_tensors(model.graph, tensors)
+    sizes = _sizes(model.graph)
+    sections = split(model, SECTION // 3)
+    taken = {v.name for section in sections[1:] for v in section.graph.input}
+    order: list[str] = []
+    ends: list[list[str]] = [[], [], []]
+    for i, section in enumerate(sections):
+        known = {name for node in section.graph.node for name in node.output}
+        known |= set() if i else {v.name for v in section.graph.input}
+        own = [name for name in tensors if name in known]
+        kept = [v for v in section.graph.output if v.name in taken]
+        del section.graph.output[:]
+        section.graph.output.extend(kept)
+        added = _instrument(section.graph, own, sizes, sample_size, i)
+        ends = [[*names, *more] for names, more in zip(ends, added, strict=True)]
+        order += own
+    return Relay(sections, [name for names in ends for name in names]), order
+
+
+def _instrument(
+    graph: onnx.GraphProto, tensors: Sequence[str], sizes: Mapping[str, int], sample_size: int, section: int
+) -> tuple[list[str], list[str], list[str]]:
+    """Add outputs: the least and the greatest value of all tensors, shape (tensors,), and a 1-D sample of each.
 
     The sample has an odd stride, so that it does not stay in one column of a tensor whose width is a power of two. It is computed
     here where the shape is known: the time that ONNX Runtime takes to fold constants grows with the square of their number.
     """
-    graph = model.graph
-    _check_tensors(graph, tensors)
     numbers = {"flat": [-1], "first": [0], "one": [1], "two": [2], "window": [2 * sample_size], "last": [2**63 - 1]}
     constants = {k: numpy_helper.from_array(np.array(v, np.int64), f"{_PREFIX}.{k}") for k, v in numbers.items()}
     graph.input.append(helper.make_tensor_value_info(_SEED, TensorProto.INT64, [1]))
     flat, first, _, _, _, last = (c.name for c in constants.values())
-    sizes = _sizes(graph)
     bounds: tuple[list[str], list[str]] = ([], [])
     samples = []
     for i, tensor in enumerate(tensors):
-        row, low, high, stride, start, sample = (f"{_PREFIX}.{i}.{j}" for j in range(6))
+        row, low, high, stride, start, sample = (f"{_PREFIX}.{section}.{i}.{j}" for j in range(6))
         if tensor in sizes:
             step = sizes[tensor] // (2 * sample_size) * 2 + 1
             stride = f"{_PREFIX}.stride.{step}"
@@ -209,10 +232,11 @@ def _instrument(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int
         bounds[1].append(high)
         samples.append(sample)
     graph.initializer.extend(constants.values())
-    ends = [f"{_PREFIX}.low", f"{_PREFIX}.high"]
-    graph.node.extend(helper.make_node("Concat", list(b), [end], axis=0) for b, end in zip(bounds, ends, strict=True))
-    del graph.output[:]
+    ends = [f"{_PREFIX}.{section}.{which}" for which in ("low", "high")] if tensors else []
+    for names, end in zip(bounds, ends, strict=False):
+        graph.node.append(helper.make_node("Concat", names, [end], axis=0))
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*ends, *samples))
+    return ends[:1], ends[1:], samples
 
 
 def _stride_of(row: str, stride: str) -> list[onnx.NodeProto]:

@@ -59,6 +59,7 @@ class Replay:
         self._plan = pieces(self._stops)
         self._front: list[dict[str, NDArray[Any]]] = [{t.name: s[t.name] for t in graph.inputs} for s in samples]
         self._position = -1
+        self._last = {t.name: i for i, stop in enumerate(self._stops) for t in (*self._plan[i].reads, stop)}
 
     def advance(self, taps: Sequence[Tensor] = ()) -> list[list[NDArray[Any]]]:
         """Run the piece that ends with the next stop; return, per sample, the stop's value and those of the taps.
@@ -69,13 +70,13 @@ class Replay:
         piece, stop = self._plan[self._position], self._stops[self._position]
         reads = piece.reads if piece.makes else [stop]
         rows = self._run(reads, [*piece.makes, *taps]) if piece.makes or taps else [[] for _ in self._front]
-        needed = {t.name for later in self._plan[self._position + 1 :] for t in later.reads}
-        needed |= {t.name for t in self._stops[self._position + 1 :]}
         found = []
         for i, row in enumerate(rows):
             values = self._front[i] | {t.name: value for t, value in zip(piece.makes, row, strict=False)}
             found.append([values[stop.name], *row[len(piece.makes) :]])
-            self._front[i] = {name: value for name, value in values.items() if name in needed}
+            self._front[i] = {
+                name: value for name, value in values.items() if self._last.get(name, -1) > self._position
+            }
         self._drop_samples()
         return found
 

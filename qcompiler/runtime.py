@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import onnx
 import onnxruntime as ort
@@ -25,6 +25,15 @@ from qcompiler.errors import UserError
 
 Feeds = Mapping[str, NDArray[Any]]
 Session: TypeAlias = ort.InferenceSession
+
+
+class Runner(Protocol):
+    """What runs a model: a session, or several in turn."""
+
+    def run(self, names: None, feeds: dict[str, NDArray[Any]], /) -> list[Any]:
+        """All outputs, in order."""
+        ...
+
 
 WORKERS = min(2, os.cpu_count() or 1)
 """Threads that run samples side by side where there are many; each needs memory of its own."""
@@ -120,7 +129,7 @@ def _lend_weights(model: onnx.ModelProto, options: Any) -> list[Any]:
     return list(lent.values())
 
 
-def run(runner: Session, feeds: Feeds) -> list[Any]:
+def run(runner: Runner, feeds: Feeds) -> list[Any]:
     """Run a session and return all outputs, in order.
 
     Raises UserError if the feeds have the wrong names, types or shapes, RuntimeError if an operator fails.
@@ -133,7 +142,7 @@ def run(runner: Session, feeds: Feeds) -> list[Any]:
         raise RuntimeError(f"ONNX Runtime does not run the model: {_message(error)}") from error
 
 
-def run_all(runner: Session, samples: Sequence[Feeds]) -> list[list[Any]]:
+def run_all(runner: Runner, samples: Sequence[Feeds]) -> list[list[Any]]:
     """Run a session on every sample, on several threads, and return all outputs of each, in order. Raises as `run` does."""
 
     def share(worker: int) -> list[list[Any]]:

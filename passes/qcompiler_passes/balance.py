@@ -19,8 +19,9 @@ from qcompiler import ir
 from qcompiler.ir import Graph, Tensor
 from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import F32
+from qcompiler.relay import relay
 from qcompiler.rewrite import Refusal, Rewriter
-from qcompiler.runtime import run, session
+from qcompiler.runtime import run
 from qcompiler.state import CompileState, Feeds
 from qcompiler_passes.channel_rules import RULES
 from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
@@ -240,8 +241,7 @@ def _observe(state: CompileState, channels: Channels, samples: list[Feeds]) -> l
     if not taps:
         return []
     ir.drop_dead_nodes(copy)
-    ir.toposort(copy)
-    runner = session(ir.to_proto(copy), low_memory=True)
+    runner = relay(ir.to_proto(copy))
     rows = [[np.asarray(value, np.float64).reshape(-1) for value in run(runner, sample)] for sample in samples]
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     return [

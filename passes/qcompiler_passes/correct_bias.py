@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from qcompiler import ir
 from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.ops import Lowering, op_key
+from qcompiler.relay import relay
 from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
-from qcompiler.runtime import run_all, session
+from qcompiler.runtime import run_all
 from qcompiler.state import Block, CompileState, Feeds, Phase
 from qcompiler_passes.insert_qdq import InsertQdq
 
@@ -125,8 +126,7 @@ def _float_means(graph: Graph, layers: list[Node], blocks: list[Block], samples:
     by_name = {n.name: n for n in copy.nodes}
     copy.outputs = [_tap(copy, by_name[n.name], b)[0] for n, b in zip(layers, blocks, strict=True)]
     ir.drop_dead_nodes(copy)
-    runner = session(ir.to_proto(copy), low_memory=True, consume=True)
-    rows = run_all(runner, samples)
+    rows = run_all(relay(ir.to_proto(copy)), samples)
     return [np.asarray([row[i] for row in rows], np.float64) for i in range(len(layers))]
 
 
