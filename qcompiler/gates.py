@@ -16,6 +16,7 @@ from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.ops import Lowering, OpRule, Role, quantized_rule
 from qcompiler.quant import QuantParams
 from qcompiler.replay import pieces
+from qcompiler.shift import is_shift
 from qcompiler.state import Block, CompileState
 
 Array = NDArray[Any]
@@ -191,6 +192,8 @@ class GatedModel:
     def _passes_on(self, root: str) -> bool:
         """Whether the layer only moves values that are rounded already."""
         node, rule = self.layers[root], self._rule(self.layers[root])
+        if is_shift(self.state, node):
+            return True
         leaders = {self.state.leader(node.inputs[i].name) for i in rule.activations(node)}
         own = {self.state.leader(name) for name in self.state.blocks[root].outputs}
         return rule.lowering in (Lowering.MOVE, Lowering.CONCAT) and leaders == own
