@@ -82,6 +82,8 @@ def session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     disabled = ["WeightBiasQuantization"] if keep_float else []
+    if low_memory or consume or keep_float:  # not what the user runs: it joins a Pad into pools that it then refuses
+        disabled.append("Pad_Fusion")
     if isinstance(model, onnx.ModelProto):
         weights = _lend_weights(model, options)
         data = model.SerializeToString()
