@@ -143,7 +143,5 @@ def test_race_tells_the_slower_of_two():
 def test_what_only_the_compiler_runs_has_no_paddings_joined_into_pools_that_refuse_them() -> None:
     text = "g (float[1,1,8,8] x) => (float[] y) { a = Pad(x, p) b = Pad(a, p) y = MaxPool<kernel_shape=[2,2]>(b) }"
     model = model_from_text(text, {"p": np.array([0, 0, 1, 1, 0, 0, 1, 1])})
-    with pytest.raises(RuntimeError, match="Pad should be smaller than kernel"):
-        runtime.session(model)
     [result] = runtime.run(runtime.session(model, low_memory=True), {"x": FEEDS["x"][:, :1]})
     assert result.shape == (1, 1, 11, 11)
