@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, get_type_hints
 
 from qcompiler import supervise
+from qcompiler.bodies import run_everywhere
 from qcompiler.errors import UserError
 from qcompiler.state import CompileState, Phase
 
@@ -21,6 +22,7 @@ class Pass(Protocol):
 
     `name`: kebab-case. `requires`: the least phase that it needs. `establishes`: the phase that holds after it, or None if it
     keeps the phase. `run` edits the state in place and returns how many rewrites it made; a second run returns 0.
+    A pass with `in_bodies: ClassVar[bool] = True` also runs on the bodies of If, Loop and Scan.
     """
 
     name: ClassVar[str]
@@ -84,7 +86,7 @@ class Pipeline:
         state.refusals = {}
         supervise.doing(f"in pass {stage.name}")
         try:
-            count = stage.run(state)
+            count = run_everywhere(stage.run, state) if getattr(stage, "in_bodies", False) else stage.run(state)
             if stage.establishes is not None:
                 state.phase = max(state.phase, stage.establishes)
             for instrument in instruments:

@@ -32,7 +32,7 @@ class Rewriter:
         self.refusals = self.state.refusals
         if self.graph is None:
             self.graph = self.state.graph
-        self._graphs = list(ir.all_graphs(self.state.graph))
+        self._graphs = list(ir.all_graphs(self.state.model or self.state.graph))
         self._tensor_names = {t.name for g in self._graphs for t in ir.tensors(g)}
         self._node_names = {n.name for g in self._graphs for n in g.nodes}
         self._own = {id(n) for n in self.graph.nodes}

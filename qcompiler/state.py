@@ -85,7 +85,7 @@ class CompileState:
     output names -> why they stay float. `calibration`: the samples; `collectors`: the known ways to measure ranges, by name;
     `progress`: called with the number of samples done and in all. `skip`: passes for the target that would not pay on this
     model. `float_work`: what the float model costs; `predicted`: seconds of an inference in float and as placed.
-    `attention`: what Softmax gives where only products read it.
+    `attention`: what Softmax gives where only products read it. `model`: the whole model, where `graph` is a body in it.
     """
 
     graph: Graph
@@ -114,6 +114,7 @@ class CompileState:
     predicted: tuple[float, float] | None = None
     rewrite_limit: int | None = None
     attention: QuantSpec = field(default_factory=lambda: QuantSpec("uint8", 0, 255, log2=True))
+    model: Graph | None = None
 
     def clone(self) -> CompileState:
         """A copy that passes can edit without a change to this one. Arrays are shared; nothing edits them in place."""

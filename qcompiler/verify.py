@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from qcompiler import functions, ir, quant
-from qcompiler.ir import Node, Tensor
+from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.ops import op_key, quantized_rule
 from qcompiler.quant import F32
 from qcompiler.shift import is_shift
@@ -30,14 +30,19 @@ def verify(state: CompileState) -> None:
 
 
 def _structure(state: CompileState) -> Iterator[str]:
-    """Names are unique, every input is defined before it is read, links hold both ways, outputs exist."""
-    graph = state.graph
+    """Names are unique, every input is defined before it is read, links hold both ways, outputs exist; in bodies, too.
+
+    Before normalize, bodies that exclude each other may use the same names.
+    """
     names: dict[str, int] = {}
-    for tensor in ir.tensors(graph):
+    for tensor in ir.tensors(state.graph):
         if names.setdefault(tensor.name, id(tensor)) != id(tensor):
             yield f"two tensors are called {tensor.name!r}"
-    ready = {id(t) for t in graph.inputs}
-    seen: set[str] = set()
+    yield from _graph_structure(state.graph, set(), set())
+
+
+def _graph_structure(graph: Graph, ready: set[int], seen: set[str]) -> Iterator[str]:
+    ready.update(id(t) for t in graph.inputs)
     for node in graph.nodes:
         if not node.name or node.name in seen:
             yield f"node name {node.name!r} is empty or taken ({node.op})"
@@ -52,6 +57,9 @@ def _structure(state: CompileState) -> Iterator[str]:
                 yield f"tensor {tensor.name!r} has two producers"
             if not tensor.is_empty():
                 ready.add(id(tensor))
+        for body in node.attrs.values():
+            if isinstance(body, Graph):
+                yield from _graph_structure(body, ready, seen)
     for tensor in graph.outputs:
         if id(tensor) not in ready and not ir.is_constant(tensor):
             yield f"graph output {tensor.name!r} has no producer"

@@ -30,6 +30,7 @@ class FoldBatchnorm:
     name: ClassVar[str] = "fold-batchnorm"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
     depthwise: bool = False
 
     def run(self, state: CompileState) -> int:

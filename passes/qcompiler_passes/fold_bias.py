@@ -34,6 +34,7 @@ class FoldBias:
     name: ClassVar[str] = "fold-bias"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes, or chains of nodes, that changed."""

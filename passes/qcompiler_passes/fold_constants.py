@@ -42,6 +42,7 @@ class FoldConstants:
     name: ClassVar[str] = "fold-constants"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes folded, simplified or removed."""

@@ -19,6 +19,7 @@ class FoldPad:
     name: ClassVar[str] = "fold-pad"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes changed."""

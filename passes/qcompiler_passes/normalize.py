@@ -23,12 +23,13 @@ class Normalize:
     """Raise the opset to the target's, turn Constant nodes into initializers, name everything, drop Identity and Dropout.
 
     Afterwards all names are unique, tensors know their type and shape where it can be inferred, and every node has an entry in
-    `state.origin`. Graph inputs and outputs keep their names. Constant nodes inside subgraphs stay.
+    `state.origin`. Graph inputs and outputs keep their names.
     """
 
     name: ClassVar[str] = "normalize"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes and tensors changed. Raises UserError where an old operator has no new form."""

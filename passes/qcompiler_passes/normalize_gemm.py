@@ -25,6 +25,7 @@ class NormalizeGemm:
     name: ClassVar[str] = "normalize-gemm"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes changed."""

@@ -28,6 +28,7 @@ class NormalizePooling:
     name: ClassVar[str] = "normalize-pooling"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of nodes rewritten."""

@@ -41,6 +41,7 @@ class Recompose:
     name: ClassVar[str] = "recompose"
     requires: ClassVar[Phase] = Phase.FLOAT
     establishes: ClassVar[Phase | None] = None
+    in_bodies: ClassVar[bool] = True
 
     def run(self, state: CompileState) -> int:
         """Return the number of patterns replaced."""
