@@ -6,6 +6,7 @@ by a number with a `#` before it. Either way `array_of` gives the array without 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -94,6 +95,23 @@ def array_of(tensor: TensorProto) -> NDArray[Any]:
 def _place(tensor: TensorProto) -> tuple[str, int]:
     info = {entry.key: entry.value for entry in tensor.external_data}
     return info["location"], int(info.get("offset") or 0)
+
+
+def make_relative(tensor: TensorProto) -> bool:
+    """Let the path of a detached tensor start at the root of the file system; False if it is in memory."""
+    for entry in tensor.external_data:
+        if entry.key == "location" and entry.value.startswith("/"):
+            entry.value = entry.value.lstrip("/")
+            return True
+    return False
+
+
+def let_go() -> None:
+    """Give back the memory of mapped files; what is read again comes from the system's cache, or from the disk."""
+    for mapped in list(_mapped.values()):
+        base = mapped.base
+        if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def total_bytes(model: onnx.ModelProto) -> int:

@@ -85,8 +85,7 @@ def session(
     if low_memory or consume or keep_float:  # not what the user runs: it joins a Pad into pools that it then refuses
         disabled.append("Pad_Fusion")
     if isinstance(model, onnx.ModelProto):
-        weights = _lend_weights(model, options)
-        data = model.SerializeToString()
+        data, weights = _lend_weights(model, options)
         if consume:
             model.Clear()
         opened = _open(data, options, disabled)
@@ -120,15 +119,28 @@ def _open(model: bytes | Path, options: Any, disabled: Sequence[str]) -> Session
     return opened
 
 
-def _lend_weights(model: onnx.ModelProto, options: Any) -> list[Any]:
-    """Give a session the weights beside the model without a copy: neither of its own, nor packed for its kernels."""
-    lent = {tensor.name: ort.OrtValue.ortvalue_from_numpy(detached.array_of(tensor)) for tensor in detached.of(model)}
-    if lent:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_external_initializers(list(lent), list(lent.values()))
-    for name, value in lent.items():
-        options.add_initializer(name, value)
-    return list(lent.values())
+def _lend_weights(model: onnx.ModelProto, options: Any) -> tuple[bytes, list[Any]]:
+    """The bytes of a model, and the weights beside it, which the session gets without a copy, also not one for its kernels.
+
+    While it loads the model, it reads those in files from there, as paths from a root, and copies the others.
+    """
+    detached.let_go()
+    if not detached.of(model):
+        return model.SerializeToString(), []
+    draft = onnx.ModelProto()
+    draft.CopyFrom(model)
+    lent, copied = {}, []
+    for tensor in detached.of(draft):
+        lent[tensor.name] = ort.OrtValue.ortvalue_from_numpy(detached.array_of(tensor))
+        options.add_initializer(tensor.name, lent[tensor.name])
+        if os.name != "posix" or not detached.make_relative(tensor):
+            copied.append(tensor.name)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if len(copied) < len(lent):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/")
+    if copied:
+        options.add_external_initializers(copied, [lent[name] for name in copied])
+    return draft.SerializeToString(), list(lent.values())
 
 
 def run(runner: Runner, feeds: Feeds) -> list[Any]:

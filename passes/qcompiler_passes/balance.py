@@ -8,7 +8,7 @@ but its own, so that a second run starts where the first one stopped and finds n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler import ir
+from qcompiler.detached import exceeds
 from qcompiler.ir import Graph, Tensor
 from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import F32
@@ -25,6 +26,7 @@ from qcompiler.runtime import run
 from qcompiler.state import CompileState, Feeds
 from qcompiler_passes.channel_rules import RULES
 from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
+from qcompiler_passes.linear import Linear
 
 _LIMIT = 16.0
 """How much smaller than the largest of its group a channel counts at least: what seldom active ones hold is poorly known."""
@@ -52,13 +54,13 @@ class Observed:
 class Reader:
     """An operator with weights: the variables of its input channels, [groups, inputs].
 
-    `weight`: the greatest magnitude of its weights, float32 [groups, outputs, inputs]. `power`: the power of each input, summed
-    over the positions that a kernel reads, [groups, inputs]. `importance`: what noise of power 1 in an output channel does in
-    the end, [groups, outputs].
+    `weight`: gives the greatest magnitude of its weights, float32 [groups, outputs, inputs]. `power`: the power of each input,
+    summed over the positions that a kernel reads, [groups, inputs]. `importance`: what noise of power 1 in an output channel
+    does in the end, [groups, outputs].
     """
 
     inputs: Ids
-    weight: F32
+    weight: Callable[[], F32]
     power: Factors
     importance: Factors
 
@@ -87,7 +89,7 @@ class Group:
         noise = 0.0
         for reader in self.readers:
             scale = factors[reader.inputs]
-            steps = (reader.weight * (1 / scale).astype(np.float32)[:, None, :]).max(axis=2) * (2 / _STEPS)
+            steps = (reader.weight() * (1 / scale).astype(np.float32)[:, None, :]).max(axis=2) * (2 / _STEPS)
             power = (reader.power * np.square(scale)).sum(axis=1, keepdims=True)
             noise += float((np.square(steps) / 12 * power * reader.importance).sum())
         for tensor in self.tensors:
@@ -166,6 +168,7 @@ def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> li
     for tensor in observed:
         np.maximum.at(power, tensor.roots, tensor.power)
     readers = []
+    hold = not exceeds(layer.raw for layer, _, _ in channels.layers)
     for layer, before, after in reversed(channels.layers):
         if channels.is_fixed(before):
             continue
@@ -173,12 +176,22 @@ def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> li
         weight = layer.weight.astype(np.float32)
         squares = np.einsum("goit,goit->goi", weight, weight)
         importance = _importance(squares, power[inputs], gain[outputs])
-        readers.append(Reader(inputs, np.abs(weight).max(axis=3), power[inputs] * weight.shape[3], importance))
+        readers.append(
+            Reader(inputs, _magnitude(layer, weight if hold else None), power[inputs] * weight.shape[3], importance)
+        )
         squares *= importance[:, :, None].astype(np.float32)
         np.add.at(gain, inputs, squares.sum(axis=1))
         gain[0] = 0  # not a channel, but all that are fixed
         np.maximum.at(columns, inputs, np.sqrt(squares.max(axis=1)))
     return list(_partition(observed, readers, gain, columns))
+
+
+def _magnitude(layer: Linear, weight: F32 | None) -> Callable[[], F32]:
+    """What gives the greatest magnitude of its weights over taps; without `weight` it is made anew each time."""
+    if weight is None:
+        return lambda: np.abs(layer.weight.astype(np.float32)).max(axis=3)
+    held = np.abs(weight).max(axis=3)
+    return lambda: held
 
 
 def _importance(squares: F32, power: Factors, gain: Factors) -> Factors:
