@@ -157,3 +157,21 @@ def test_strings_and_small_tensors_are_brought_in(path: Path) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "s"))
     onnx.save(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
     assert "s" not in [t.name for t in detached.of(load.read_model(path))]
+
+
+def test_mapped_weights_are_read_again_after_they_were_given_back(path: Path) -> None:
+    model = load.load_model(path)
+    graph = ir.from_proto(model)
+    runner = runtime.session(model)
+    detached.let_go()
+    for tensor in (t for t in ir.tensors(graph) if ir.is_constant(t)):
+        np.testing.assert_array_equal(ir.array(tensor), WEIGHTS[tensor.name])
+    [wanted] = runtime.run(runtime.session(whole()), {"x": SAMPLES[0]})
+    np.testing.assert_allclose(runtime.run(runner, {"x": SAMPLES[0]})[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_session_leaves_the_paths_of_its_model_as_they_are(path: Path) -> None:
+    model = load.load_model(path)
+    before = model.SerializeToString(deterministic=True)
+    runtime.session(model)
+    assert model.SerializeToString(deterministic=True) == before
