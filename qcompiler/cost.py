@@ -20,8 +20,8 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Work:
     """An amount of one kind of work. `nodes`: operators. `macs`: multiply-accumulates. `columns`: elements of the matrix that a
-    convolution is unrolled to. `reads`, `writes`: elements of activations. `weights`: elements of constants. `positions`: places
-    in space, times the size of a kernel.
+    convolution is unrolled to. `reads`, `writes`: elements of activations; `far`: those beyond the size of a near cache.
+    `weights`: elements of constants. `positions`: places in space, times the size of a kernel.
 
     Channels count as the kernels process them, rounded up.
     """
@@ -34,6 +34,17 @@ class Work:
     writes: float = 0.0
     weights: float = 0.0
     positions: float = 0.0
+    far: float = 0.0
+
+
+NEAR = 1 << 19
+"""Bytes of an activation that its maker leaves in a cache of the core for its readers."""
+
+
+def far(kind: str, *sizes: float) -> float:
+    """The elements of tensors of these sizes that lie beyond a near cache; those of kinds in int8 take a byte, others four."""
+    near = NEAR if kind.startswith("int8.") else NEAR / 4
+    return sum(max(0.0, size - near) for size in sizes)
 
 
 UNITS = tuple(f.name for f in fields(Work) if f.name != "kind")

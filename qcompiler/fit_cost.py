@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler import ir, runtime
-from qcompiler.compile import CompileOptions, prepare
 from qcompiler.cost import UNITS, CostTable, Work
+from qcompiler.job import prepare
 from qcompiler.microbench import Net
 from qcompiler.pipeline import Pipeline
+from qcompiler.plan import CompileOptions
 from qcompiler.runtime import Session
 from qcompiler.work import Accountant, concrete_shapes
 
@@ -31,8 +33,28 @@ SLICE = 0.006
 _OTHER_DATA = np.zeros(3 << 20, np.uint8)
 """What is touched before each run, so that weights come from where those of a large model do, not from the nearest cache."""
 
-PRIOR = 1e-3
-"""How strongly rates are drawn to zero, for those that the times do not tell apart."""
+EXPECTED: Mapping[str, float] = {
+    "nodes": 500.0,
+    "float.macs": 0.008,
+    "int8.macs": 0.002,
+    "columns": 0.05,
+    "reads": 0.04,
+    "writes": 0.04,
+    "weights": 0.02,
+    "positions": 0.5,
+    "far": 0.02,
+}
+"""Nanoseconds per unit, roughly, on any machine: what rates are drawn to that the times do not tell apart."""
+
+PRIOR = 0.02
+"""How strongly."""
+
+FLOOR = 0.1
+"""The least rate, as a share of the expected one: nothing is free."""
+
+LEAST_FAR: Mapping[str, float] = {"quantize.map": 0.08, "dequantize.map": 0.08, "float.reorder": 0.03}
+"""The least nanoseconds per element beyond a near cache, by kind: several copies of what is converted pass through memory. Few of
+the networks are so large, and to rate this too low scatters float layers over large models."""
 
 OUTLIER = 0.1
 """Relative errors beyond which a time counts less."""
@@ -100,7 +122,7 @@ def compiled(net: Net) -> list[Timed]:
 
 
 def fit(works: Sequence[Sequence[Work]], seconds: Matrix) -> dict[str, dict[str, float]]:
-    """Nanoseconds per unit, by kind, none negative, that make the relative errors of the sums small; outliers count less."""
+    """Nanoseconds per unit, by kind, that make the relative errors of the sums small; outliers count less, nothing is free."""
     columns: dict[tuple[str, str], int] = {}
     entries = [
         (row, columns.setdefault((work.kind, unit), len(columns)), amount)
@@ -114,19 +136,43 @@ def fit(works: Sequence[Sequence[Work]], seconds: Matrix) -> dict[str, dict[str,
         matrix[row, column] += amount / (1e9 * seconds[row])
     scale = matrix.max(axis=0)
     matrix /= scale
-    weight = np.ones(len(works))
-    prior = PRIOR * np.eye(len(columns))
+    expected = scale * np.array([_expected(kind, unit) for kind, unit in columns])
+    floor, prior, weight = FLOOR * expected, PRIOR * np.eye(len(columns)), np.ones(len(works))
     for _ in range(3):
-        rates = nonnegative_least_squares(
-            np.vstack([matrix * weight[:, None], prior]), np.concatenate([weight, np.zeros(len(columns))])
-        )
+        target = np.concatenate([weight * (1 - matrix @ floor), PRIOR * (expected - floor)])
+        rates = floor + nonnegative_least_squares(np.vstack([matrix * weight[:, None], prior]), target)
         error = np.abs(matrix @ rates - 1)
         weight = np.minimum(1, np.sqrt(OUTLIER / np.maximum(error, 1e-9)))
     kinds: dict[str, dict[str, float]] = {kind: {} for kind, _ in columns}
     for (kind, unit), column in columns.items():
-        if rates[column] > 0:
-            kinds[kind][unit] = float(rates[column] / scale[column])
-    return kinds
+        kinds[kind][unit] = float(rates[column] / scale[column])
+    for kind in LEAST_FAR.keys() & kinds.keys():
+        kinds[kind]["far"] = max(LEAST_FAR[kind], kinds[kind].get("far", 0.0))
+    return kinds | _others(kinds)
+
+
+def _expected(kind: str, unit: str) -> float:
+    prefix, _, operator = kind.partition(".")
+    if operator.endswith("view"):
+        return 0.0
+    return EXPECTED[unit] if unit in EXPECTED else EXPECTED[f"{prefix}.{unit}"]
+
+
+_ELEMENTWISE = frozenset({"nodes", "reads", "writes"})
+
+
+def _others(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What operators cost that no network has: the median of those that only read and write."""
+    found = {}
+    for prefix in ("float", "int8"):
+        simple = [
+            r
+            for kind, r in kinds.items()
+            if kind.startswith(f"{prefix}.") and _ELEMENTWISE <= set(r) <= {*_ELEMENTWISE, "far"}
+        ]
+        if simple:
+            found[f"{prefix}.other"] = {unit: median(r[unit] for r in simple) for unit in sorted(_ELEMENTWISE)}
+    return found
 
 
 def nonnegative_least_squares(matrix: Matrix, target: Matrix) -> Matrix:

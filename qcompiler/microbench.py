@@ -1,9 +1,8 @@
-"""Small networks that are timed for a cost table: chains of the operators that models are made of, in many sizes."""
+"""A builder of small float models with random weights, and the blocks that networks are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from qcompiler import ir
 
 OPSET = 20
+
+KEPT = 0.4
+"""The share of the layers of a mixed network that are kept float."""
 
 
 class Net:
@@ -54,6 +56,20 @@ class Net:
         self.op("Conv", *inputs, width=outs, group=group, **shape)
         return self.op("Relu") if relu else self
 
+    def width(self, tensor: str = "") -> int:
+        """The channels of a tensor, or of the last result."""
+        return self._width[tensor or self.last]
+
+    def split(self, parts: int) -> tuple[str, ...]:
+        """The channels of the last result in equal parts, the last of which is the last result from then on."""
+        source, node = self.last, len(self._nodes)
+        names = tuple(f"t{node}_{part}" for part in range(parts))
+        split = helper.make_node("Split", [source], names, name=f"node_t{node}", axis=1, num_outputs=parts)
+        self._nodes.append(split)
+        self._width |= dict.fromkeys(names, self._width[source] // parts)
+        self.last = names[-1]
+        return names
+
     def depthwise(self, kernel: int = 3, stride: int = 1) -> Net:
         """A depthwise convolution and Relu."""
         return self.conv(0, kernel, stride, self._width[self.last])
@@ -84,6 +100,13 @@ class Net:
         first = self.conv(half).last
         return self.conv(half).op("Concat", first, self.last, width=2 * half, axis=1)
 
+    def mixed(self, seed: int) -> Net:
+        """The same with some of the convolutions and products kept float."""
+        layers = [n.name for n in self._nodes if n.op_type in ("Conv", "MatMul")]
+        other = copy(self)
+        other.keep = tuple(np.array(layers)[np.random.default_rng(seed).random(len(layers)) < KEPT].tolist())
+        return other
+
     def sample(self) -> NDArray[np.float32]:
         """A random input."""
         return self._rng.normal(size=self.shape).astype(np.float32)
@@ -94,166 +117,3 @@ class Net:
         y = helper.make_tensor_value_info(self.last, TensorProto.FLOAT, None)
         graph = helper.make_graph(self._nodes, "net", [x], [y], self._constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=ir.IR_VERSION)
-
-
-def networks() -> Iterator[Net]:
-    """All networks, always in the same order."""
-    yield from _dense()
-    yield from _depthwise()
-    yield from _first_layers()
-    yield from _odd()
-    yield from _between_convolutions()
-    yield from _matrices()
-    yield from _islands()
-
-
-MAPS = (
-    (8, 28),
-    (16, 112),
-    (16, 28),
-    (24, 56),
-    (32, 56),
-    (32, 28),
-    (48, 28),
-    (64, 56),
-    (64, 28),
-    (96, 14),
-    (128, 28),
-    (128, 14),
-)
-"""(channels, size) of feature maps."""
-
-SMALL_MAPS = ((16, 12), (32, 8), (64, 7), (256, 14), (320, 7), (512, 7))
-FEW_MAPS = ((16, 56), (64, 28), (64, 56), (128, 14), (256, 7))
-
-
-def _map(channels: int, size: int) -> Net:
-    return Net(1, channels, size, size)
-
-
-def _repeat(net: Net, times: int, step: str, *args: Any, **options: Any) -> Net:
-    for _ in range(times):
-        getattr(net, step)(*args, **options)
-    return net
-
-
-def _dense() -> Iterator[Net]:
-    for channels, size in MAPS + SMALL_MAPS:
-        yield _repeat(_map(channels, size), 4, "conv")
-        yield _repeat(_map(channels, size), 3, "conv", kernel=3)
-    for channels, size, kernel in ((16, 14, 5), (64, 14, 5), (32, 28, 7)):
-        yield _repeat(_map(channels, size), 3, "conv", kernel=kernel)
-    for channels, wide, size in (
-        (16, 96, 56),
-        (24, 144, 56),
-        (32, 192, 28),
-        (80, 480, 14),
-        (192, 1152, 7),
-        (16, 64, 12),
-    ):
-        yield _map(channels, size).conv(wide).conv(channels).conv(wide).conv(channels)
-    for channels, size in ((32, 56), (64, 56), (128, 28)):
-        yield _map(channels, size).conv(2 * channels, 3, 2).conv(4 * channels, 3, 2)
-
-
-def _depthwise() -> Iterator[Net]:
-    for channels, size, kernel in (
-        (16, 112, 3), (32, 56, 3), (48, 28, 3), (64, 28, 3), (96, 28, 5), (144, 28, 3), (192, 14, 3),
-        (240, 14, 5), (480, 14, 5), (1152, 7, 5), (672, 7, 3), (64, 7, 3), (24, 56, 3), (40, 28, 3), (8, 56, 3), (120, 14, 3),
-    ):  # fmt: skip
-        yield _repeat(_map(channels, size), 4, "depthwise", kernel)
-        yield _map(channels, size).depthwise(kernel).conv().depthwise(kernel).conv().depthwise(kernel).conv()
-    for channels, size in ((32, 56), (64, 56), (128, 28)):
-        yield _map(channels, size).depthwise(3, 2).conv(2 * channels).depthwise(3, 2).conv(4 * channels)
-
-
-def _first_layers() -> Iterator[Net]:
-    for outs, size, kernel, stride in (
-        (16, 224, 3, 2), (32, 224, 3, 2), (64, 224, 7, 2), (16, 64, 3, 1), (32, 32, 3, 1), (8, 28, 5, 1), (8, 320, 3, 2),
-    ):  # fmt: skip
-        for ins in (1, 3):
-            yield _map(ins, size).conv(outs, kernel, stride)
-            yield _map(ins, size).conv(outs, kernel, stride).conv()
-
-
-def _odd() -> Iterator[Net]:
-    """Numbers of channels that the kernels do not like, and groups."""
-    for channels, size, kernel in (
-        (6, 28, 3), (12, 28, 3), (18, 56, 3), (30, 14, 3), (10, 28, 1), (22, 28, 1), (50, 28, 1), (86, 14, 1),
-    ):  # fmt: skip
-        yield _repeat(_map(channels, size), 3, "conv", kernel=kernel)
-    for channels, size, group in ((32, 28, 4), (64, 28, 8), (128, 28, 32), (64, 14, 2), (128, 14, 4)):
-        yield _repeat(_map(channels, size), 2, "conv", kernel=3, group=group)
-
-
-def _between_convolutions() -> Iterator[Net]:
-    for op in ("HardSwish", "Sigmoid", "HardSigmoid", "Tanh", "LeakyRelu", "Gelu", "Add", "Mul"):
-        for channels, size in FEW_MAPS:
-            net = _map(channels, size).conv(relu=False)
-            for _ in range(2):
-                others = [net.last, net.conv(relu=False).last] if op in ("Add", "Mul") else []
-                net.op(op, *others).conv(relu=False)
-            yield net
-    for channels, size in FEW_MAPS:
-        yield _repeat(_map(channels, size).conv(), 3, "residual")
-        yield _repeat(_map(channels, size).conv(), 2, "residual", 3)
-        yield _map(channels, size).conv().squeeze_excite().conv().squeeze_excite().conv()
-        yield _repeat(_map(channels, size).conv(), 2, "concat")
-        pool: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1] * 4}
-        yield _map(channels, size).conv().op("MaxPool", **pool).conv().op("MaxPool", **pool).conv()
-        yield _map(channels, size).conv().op("MaxPool", kernel_shape=[2, 2], strides=[2, 2]).conv()
-        yield _map(channels, size).conv().op("GlobalAveragePool").op("Flatten").linear(10)
-    for channels, size in FEW_MAPS[:4]:
-        yield from _movers(channels, size)
-
-
-def _movers(channels: int, size: int) -> Iterator[Net]:
-    net = _map(channels, size).conv(relu=False)
-    source = net.last
-    yield net.op("Sigmoid").op("Mul", net.last, source).conv()
-    twice = np.array([1, 1, 2, 2], np.float32)
-    for mode in ("nearest", "linear"):
-        net = _map(channels, size // 2).conv()
-        where: dict[str, Any] = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        yield net.op("Resize", net.last, "", twice, mode=mode, **where).conv()
-    yield _map(channels, size).conv().op("Transpose", perm=[0, 2, 3, 1]).op("Transpose", perm=[0, 3, 1, 2]).conv()
-    net = _map(channels, size).conv()
-    half = (np.array([0]), np.array([channels // 2]), np.array([1]))
-    yield net.op("Slice", net.last, *half, width=channels // 2).conv()
-    net = _map(channels, size).conv()
-    yield net.op("Pad", net.last, np.array([0, 0, 1, 1, 0, 0, 1, 1])).conv()
-
-
-def _matrices() -> Iterator[Net]:
-    for rows, *widths in (
-        (128, 384, 384), (16, 64, 64), (64, 120, 120), (128, 384, 1536), (64, 192, 768), (40, 120, 480), (197, 384, 384),
-        (197, 384, 1152), (8, 256, 256), (1, 64, 10), (1, 256, 128), (1, 512, 1000), (1, 1280, 1000), (1, 768, 3072),
-        (1, 2048, 128), (1, 128, 64),
-    ):  # fmt: skip
-        net = Net(rows, widths[0])
-        for _, width in pairwise((*widths, *widths, widths[0])):
-            net.linear(width).op("Relu")
-        yield net
-    for rows, width in ((50, 384), (197, 192), (197, 384), (40, 120), (128, 384)):
-        net = Net(1, rows, width)
-        for _ in range(2):
-            net.op("LayerNormalization", net.last, np.ones(width, np.float32), axis=-1)
-            net.linear(4 * width).op("Gelu").linear(width)
-        yield net
-        net = Net(1, rows, width).linear(width)
-        values = net.last
-        net.op("Transpose", perm=[0, 2, 1]).op("MatMul", values, net.last).op("Softmax", axis=-1)
-        yield net.op("MatMul", net.last, values, width=width).linear(width)
-
-
-def _islands() -> Iterator[Net]:
-    """Float layers between quantized ones."""
-    for channels, size in ((16, 56), (32, 28), (64, 28), (64, 56), (128, 14), (256, 7)):
-        for step in ("conv", "depthwise"):
-            net = _repeat(_map(channels, size), 5, step)
-            net.keep = ("node_t2", "node_t6")
-            yield net
-    for rows, width in ((1, 256), (64, 256), (128, 384)):
-        net = _repeat(Net(rows, width), 4, "linear", width)
-        net.keep = ("node_t2", "node_t6")
-        yield net

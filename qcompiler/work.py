@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 
 import onnx
 
 from qcompiler import ir, runtime
-from qcompiler.cost import Work
+from qcompiler.cost import Work, far
 from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, rule_of
+from qcompiler.products import CHANNEL_BLOCK, Shape, product
 from qcompiler.shapes import infer_shapes
 from qcompiler.shift import addend
 from qcompiler.state import Block, CompileState, Feeds
 
-Shape = tuple[int, ...]
-
-CHANNEL_BLOCK = 16
-CACHED = 500_000
-"""Elements of a matrix above which a product with one vector waits for memory."""
-
-PACKED_INPUTS = 4
-"""Int8 convolutions take 4 input channels at a time; with other numbers they unroll their input."""
-
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+_WRITTEN_OUT = frozenset({"HardSigmoid", "HardSwish"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
 _PER_ELEMENT = frozenset({"Relu", "Sigmoid", "Tanh", "Clip", "LeakyRelu"})
+
+LONGEST = 4
+"""The most operators that exporters write such a function with: x * Clip(x + 3, 0, 6) / 6."""
 
 
 class Accountant:
@@ -65,6 +60,13 @@ class Accountant:
             elif any(readers):
                 works += self.quantize(tensor)
         return works
+
+    def written_out(self) -> Iterator[Work]:
+        """What functions cost beyond that if the float model has them as arithmetic and ONNX Runtime does not fuse it."""
+        for node in self.state.graph.nodes:
+            if node.op in _WRITTEN_OUT:
+                for _ in self.state.origin.get(node.name, ())[1:LONGEST]:
+                    yield self._elements("float.other", node)
 
     def is_inner(self, tensor: Tensor) -> bool:
         """Whether the tensor lies inside a block."""
@@ -106,7 +108,10 @@ class Accountant:
 
     def quantize(self, tensor: Tensor) -> list[Work]:
         """From float to integers, once per tensor."""
-        return [self._conversion("quantize", tensor)]
+        maker = ir.producer(tensor)
+        conversion = self._conversion("quantize", tensor)
+        blocked = maker is not None and self._blocked[id(maker)]
+        return [conversion, self._reorder(tensor)] if blocked else [conversion]
 
     def dequantize(self, tensor: Tensor) -> list[Work]:
         """From integers to float; nothing where the kernel gives a float result anyway."""
@@ -117,13 +122,22 @@ class Accountant:
             and maker.op in self.state.target.float_result
         ):
             return []
-        return [self._conversion("dequantize", tensor)]
+        works = [self._conversion("dequantize", tensor)]
+        for node in tensor.outputs:
+            if self._blocked.get(id(node), False) and self.shapes[tensor.name][1] >= CHANNEL_BLOCK:
+                return [*works, self._reorder(tensor)]
+        return works
+
+    def _reorder(self, tensor: Tensor) -> Work:
+        size = math.prod(self.shapes[tensor.name])
+        return Work("float.reorder", reads=size, far=far("float", size, size))
 
     def _conversion(self, kind: str, tensor: Tensor) -> Work:
         shape = self.shapes[tensor.name]
         is_map = len(shape) == 4 and math.prod(shape[2:]) > 1
         positions = math.prod(shape[2:]) if is_map else 0
-        return Work(f"{kind}.{'map' if is_map else 'flat'}", reads=math.prod(shape), positions=positions)
+        size = math.prod(shape)
+        return Work(f"{kind}.{'map' if is_map else 'flat'}", reads=size, positions=positions, far=far(kind, size))
 
     def floating(self, block: Block) -> list[Work]:
         """The work of a block in float."""
@@ -137,7 +151,7 @@ class Accountant:
 
     def _float_node(self, node: Node) -> Iterator[Work]:
         if node.op in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
-            yield self._product("float", node)
+            yield product("float", node, self.shapes)
         elif node.op == "Add" and self._joins_conv(node):
             yield self._elements("float.Add.fused", node)
         else:
@@ -159,7 +173,7 @@ class Accountant:
             if maker is None or len(self.shapes.get(tensor.name, ())) != 4:
                 continue
             if self._blocked[id(maker)] != mine and not (mine and self.shapes[tensor.name][1] < CHANNEL_BLOCK):
-                yield Work("float.reorder", reads=math.prod(self.shapes[tensor.name]))
+                yield self._reorder(tensor)
 
     def _is_blocked(self, node: Node) -> bool:
         """Whether the float operator makes a tensor whose channels lie in blocks."""
@@ -186,7 +200,7 @@ class Accountant:
         root = self.nodes[block.root]
         rule = self.rule(root)
         if root.op in ("Conv", "Gemm", "MatMul"):
-            return [self._product("int8", root)]
+            return [product("int8", root, self.shapes)]
         if rule is not None and rule.lowering is Lowering.TABLE:
             if len(block.nodes) == 1 and f"com.microsoft.QLinear{root.op}" in self.state.target.kernels:
                 return [self._elements(f"int8.{root.op}", root)]
@@ -199,86 +213,13 @@ class Accountant:
     def _elements(self, kind: str, node: Node) -> Work:
         if kind.endswith(".view"):
             return Work(kind)
-        reads = sum(
-            math.prod(self.shapes[t.name]) for t in node.inputs if t.name in self.shapes and not ir.is_constant(t)
-        )
-        writes = sum(math.prod(self.shapes[t.name]) for t in node.outputs if t.name in self.shapes)
+        read = [t for t in node.inputs if t.name in self.shapes and not ir.is_constant(t)]
+        sizes = [math.prod(self.shapes[t.name]) for t in (*read, *(t for t in node.outputs if t.name in self.shapes))]
+        reads, writes = sum(sizes[: len(read)]), sum(sizes[len(read) :])
         taps = math.prod(node.attrs.get("kernel_shape", (0,)))
-        return Work(kind, macs=float(taps * writes), reads=float(reads), writes=float(writes))
-
-    def _product(self, prefix: str, node: Node) -> Work:
-        output = self.shapes[node.outputs[0].name]
-        if node.op in ("Gemm", "MatMul"):
-            return self._matrix_product(prefix, node, output)
-        weight = self.shapes[node.inputs[1].name]
-        taps, group = math.prod(weight[2:]), int(node.attrs.get("group", 1))
-        positions = math.prod(output[2:]) * output[0]
-        source = math.prod(self.shapes[node.inputs[0].name][2:]) * output[0]
-        if node.op == "ConvTranspose":
-            macs = source * math.prod(weight)
-            return Work(f"{prefix}.ConvTranspose", macs=float(macs), reads=0.0, writes=float(math.prod(output)))
-        outs, ins = weight[0], weight[1] * group
-        work = Work(f"{prefix}.{_conv_kind(prefix, outs, weight[1], group, taps)}")
-        padded = _ceil(outs, CHANNEL_BLOCK)
-        if work.kind.endswith("depthwise"):
-            return replace(
-                work,
-                macs=positions * padded * taps,
-                reads=source * padded,
-                writes=positions * padded,
-                weights=taps * padded,
-                positions=positions * taps,
-            )
-        depth = ins if ins < CHANNEL_BLOCK or prefix == "int8" else _ceil(ins, CHANNEL_BLOCK)
-        depth = _ceil(depth, PACKED_INPUTS) if prefix == "int8" else depth
-        if group > 1:
-            padded, depth = outs, ins
-        unrolls = prefix == "int8" and "unaligned" in work.kind
-        return replace(
-            work,
-            nodes=float(group) if work.kind.endswith("grouped") else 1.0,
-            macs=positions * padded * depth * taps // group,
-            reads=source * depth,
-            writes=positions * padded,
-            columns=positions * depth * taps if unrolls else 0.0,
-            weights=padded * depth * taps // group,
-            positions=positions * taps,
-        )
-
-    def _matrix_product(self, prefix: str, node: Node, output: Shape) -> Work:
-        left, right = self.shapes[node.inputs[0].name], self.shapes[node.inputs[1].name]
-        is_vector = len(right) == 1  # then the result lacks the axis of the columns
-        depth, columns = left[-1], 1 if is_vector else output[-1]
-        rows = math.prod(output if is_vector else output[:-1])
-        if not ir.is_constant(node.inputs[1]):
-            kind, weights = "MatMul.activations", 0
-        else:
-            weights = math.prod(right)
-            kind = "gemm" if rows > 1 else "gemv" if weights < CACHED else "gemv.large"
-        return Work(
-            f"{prefix}.{kind}",
-            macs=float(rows * depth * columns),
-            reads=float(rows * depth + (0 if weights else math.prod(right))),
-            writes=float(rows * columns),
-            weights=float(weights),
-        )
-
-
-def _ceil(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
-def _conv_kind(prefix: str, outs: int, depth: int, group: int, taps: int) -> str:
-    if group > 1 and depth == 1 and outs == group:
-        return "depthwise" if prefix == "float" or outs % CHANNEL_BLOCK == 0 else "unaligned.depthwise"
-    if group > 1:
-        blocked = depth % CHANNEL_BLOCK == 0 and (outs // group) % CHANNEL_BLOCK == 0
-        return "spatial" if prefix == "float" and blocked else "grouped"
-    if prefix == "float":
-        return "stem" if depth < CHANNEL_BLOCK else "pointwise" if taps == 1 else "spatial"
-    if depth % PACKED_INPUTS or outs % PACKED_INPUTS or outs < CHANNEL_BLOCK:
-        return "unaligned.pointwise" if taps == 1 else "unaligned.spatial"
-    return "pointwise" if taps == 1 else "spatial"
+        macs = float(taps * writes)
+        rows = reads / self.shapes[node.outputs[0].name][-1] if kind.endswith(".Softmax") else 0.0
+        return Work(kind, macs=macs, reads=float(reads), writes=float(writes), positions=rows, far=far(kind, *sizes))
 
 
 def _kind(node: Node) -> str:
@@ -287,7 +228,16 @@ def _kind(node: Node) -> str:
     shapes = [t.shape for t in node.inputs]
     if node.op == "Mul" and len(shapes) == 2 and shapes[0] != shapes[1]:
         return "Mul.broadcast"
-    return node.op
+    if node.op == "Resize" and (mode := str(node.attrs.get("mode", "nearest"))) != "nearest":
+        return f"Resize.{mode}"
+    if node.op in ("Softmax", "LogSoftmax") and not _is_last_axis(node):
+        return "Softmax.strided"
+    return "Softmax" if node.op == "LogSoftmax" else node.op
+
+
+def _is_last_axis(node: Node) -> bool:
+    axis, shape = int(node.attrs.get("axis", -1)), ir.shape(node.outputs[0])
+    return axis == -1 or shape is None or axis == len(shape) - 1
 
 
 def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:

@@ -8,9 +8,10 @@ import pytest
 from qcompiler_passes.form_blocks import FormBlocks
 
 from qcompiler import fit_cost, runtime
-from qcompiler.cost import CostTable, Work, read_table, shipped_table
+from qcompiler.cost import NEAR, CostTable, Work, far, read_table, shipped_table
 from qcompiler.errors import UserError
-from qcompiler.microbench import Net, networks
+from qcompiler.microbench import Net
+from qcompiler.networks import networks
 from qcompiler.work import Accountant, concrete_shapes
 from tests.forms import graph_text, weights
 from tests.support import model_from_text, state_of
@@ -115,3 +116,54 @@ def test_shapes_follow_from_the_sample_without_a_run(monkeypatch: pytest.MonkeyP
     shapes = concrete_shapes(state)
     assert shapes is not None
     assert (shapes["c"], shapes["y"]) == ((2, 8, 5, 7), (2, 8, 5, 7))
+
+
+def spread(rates: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"{kind} {unit}": rate for kind, entry in rates.items() for unit, rate in entry.items()}
+
+
+def test_nothing_is_free_that_the_times_do_not_tell_apart() -> None:
+    works = [[Work("run"), Work("float.Tanh", reads=n, writes=n)] for n in (1e4, 1e5, 1e6)]
+    rates = fit_cost.fit(works, np.array([4e-6 + 1e-10 * work[1].reads for work in works]))
+    assert all(rate > 0 for rate in spread(rates).values())
+    assert sum(rates["float.Tanh"][unit] for unit in ("reads", "writes")) == pytest.approx(0.1, rel=0.05)
+    assert rates["float.other"] == {unit: rates["float.Tanh"][unit] for unit in ("nodes", "reads", "writes")}
+
+
+def test_only_what_exceeds_a_near_cache_is_far() -> None:
+    assert far("float.Add", NEAR / 4, NEAR / 4 + 10, 5) == 10
+    assert far("int8.Add", NEAR - 1, NEAR + 3) == 3
+
+
+def test_blocked_floats_are_reordered_on_the_way_to_integers_and_back() -> None:
+    net = Net(1, 32, 8, 8).conv().conv().conv()
+    net.keep = ("node_t2",)
+    work = fit_cost.compiled(net)[1].work
+    assert [w.kind for w in work].count("float.reorder") == 2
+    assert [w.kind for w in fit_cost.compiled(Net(1, 32, 8, 8).conv())[1].work].count("float.reorder") == 0
+
+
+def test_a_function_that_is_written_out_costs_its_operators() -> None:
+    three, six = np.float32(3), np.float32(6)
+    net = Net(1, 16, 8, 8).conv(relu=False)
+    source = net.last
+    net.op("Add", source, three).op("Clip", net.last, np.float32(0), six).op("Mul", net.last, source).op(
+        "Div", net.last, six
+    )
+    given, _ = fit_cost.compiled(net.conv())
+    assert [w.kind for w in given.work].count("float.other") == 3
+    whole, _ = fit_cost.compiled(Net(1, 16, 8, 8).conv(relu=False).op("HardSwish").conv())
+    assert [w.kind for w in whole.work].count("float.other") == 0
+
+
+def test_softmax_over_other_axes_is_another_kind() -> None:
+    for axis, kind in ((1, "float.Softmax.strided"), (-1, "float.Softmax"), (3, "float.Softmax")):
+        given, _ = fit_cost.compiled(Net(1, 16, 8, 8).conv().op("Softmax", axis=axis))
+        assert kind in [w.kind for w in given.work]
+
+
+def test_mixed_networks_keep_the_same_layers_float_each_time() -> None:
+    net = Net(1, 16, 8, 8).conv().conv(kernel=3).conv().conv()
+    assert net.mixed(1).keep == net.mixed(1).keep
+    assert len({net.mixed(seed).keep for seed in range(8)}) > 2
+    assert net.keep == ()

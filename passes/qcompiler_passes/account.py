@@ -47,7 +47,8 @@ class Account:
             return 0
         twin = _twin(state)
         FormBlocks().run(twin)
-        state.float_work = tuple(Accountant(twin, shapes).total(()))
+        accountant = Accountant(twin, shapes)
+        state.float_work = (*accountant.total(()), *accountant.written_out())
         if self.objective == "latency":
             self._choose(state)
         return 0

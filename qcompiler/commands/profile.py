@@ -17,11 +17,11 @@ from qcompiler.options import FORMATTING, PATH, progress_bar
 def command(output: Path, seconds: float, quiet: bool) -> None:
     """Measure what operators cost here, in float and in int8, for `qcompile --profile`.
 
-    It compiles a few hundred small networks and times them on one thread; all in all that takes about a minute. Leave the machine
-    alone while it runs.
+    It compiles a few hundred small networks and times them on one thread; all in all that takes about two minutes. Leave the
+    machine alone while it runs.
     """
     from qcompiler import fit_cost  # noqa: PLC0415  (so that --help is quick)
-    from qcompiler.microbench import networks  # noqa: PLC0415
+    from qcompiler.networks import networks  # noqa: PLC0415
 
     if not output.absolute().parent.is_dir():
         raise UserError("there is no such folder", str(output.parent))
