@@ -23,6 +23,7 @@ CONSTANTS = {
     "wm2": weights(6, 3),
     "bm": weights(6),
     "half": 0.5,
+    "rows": weights(1, 1, 2, 2),
     "rank3": [1, 4, 4],
 }
 
@@ -61,7 +62,7 @@ def test_a_small_net_line_by_line() -> None:
         ("y = Conv(x, w)", "QLinearConv"),
         ("a = Conv(x, w) b = Conv(x, w1) s = Add(a, b) y = Conv(s, w)", "QLinearAdd"),
         ("a = Conv(x, w) s = Add(a, a) y = Conv(s, w)", "QLinearAdd"),
-        ("a = Conv(x, w) s = Add(half, a) y = Conv(s, w)", "QLinearAdd"),
+        ("a = Conv(x, w) s = Add(rows, a) y = Conv(s, w)", "QLinearAdd"),
         ("a = Conv(x, w) s = Mul(a, a) y = Conv(s, w)", "QLinearMul"),
         ("a = Conv(x, w) s = GlobalAveragePool(a) y = Conv(s, w)", "QLinearGlobalAveragePool"),
         ("a = Conv(x, w) s = Sigmoid(a) y = Conv(s, w)", "QLinearSigmoid"),
@@ -100,6 +101,14 @@ def test_concat_takes_the_rescaling_tables_into_its_kernel() -> None:
     assert "QLinearConcat" in ops(state)
     assert "Table" not in ops(state)
     assert_bit_identical(all_forms(model_of(body)))
+
+
+def test_a_function_whose_result_concat_reads_as_it_is_is_no_gather() -> None:
+    state = kernels(
+        "a = Conv(x, w) t = Tanh(a) p = MaxPool<kernel_shape=[1,1]>(t) s = Concat<axis=2>(t, p) y = Conv(s, w)"
+    )
+    assert "Table" not in ops(state)
+    assert {"Tanh", "MaxPool", "Concat"} <= set(ops(state))
 
 
 def test_concat_of_one_scale_stays_a_plain_concat() -> None:

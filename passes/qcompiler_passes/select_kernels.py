@@ -122,7 +122,7 @@ class _Selector:
     def table(self, node: Node) -> Refusal | None:
         """A look-up kernel where the target has one for this function, else the float operator between DQ and Q."""
         readers = self.rewriter.users(node.outputs[0])
-        if any(n.op == "Concat" for n in readers):
+        if any(n.op == "Concat" for n in readers) and self._only_rescales(node):
             return Refusal("the Concat behind it takes other scales", node.name)
         chain = self._float_chain(node)
         functional = chain[1:-1]
