@@ -26,10 +26,12 @@ from onnx import numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
 from qcompiler import ir, runtime
-from qcompiler.compile import CompileOptions, compile_model, prepare
+from qcompiler.compile import compile_model
 from qcompiler.errors import UserError
 from qcompiler.instrument import Watcher
+from qcompiler.job import prepare
 from qcompiler.pipeline import Pass, Pipeline, parse_pipeline
+from qcompiler.plan import CompileOptions
 from qcompiler.plugin import load_registry
 from qcompiler.state import CompileState
 

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompiler import runtime
-from qcompiler.compile import CompileOptions, compile_model
+from qcompiler.compile import compile_model
 from qcompiler.data import open_source
 from qcompiler.images import PRESETS
 from qcompiler.load import input_specs, load_model
+from qcompiler.plan import CompileOptions
 
 TOLERANCE = 0.15
 SMALL = 1e-4

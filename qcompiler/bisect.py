@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from qcompiler import ir
-from qcompiler.compile import Job
 from qcompiler.errors import UserError
 from qcompiler.instrument import Watcher
 from qcompiler.ir import Graph, Node
+from qcompiler.job import Job
 from qcompiler.pipeline import Pass, PassError, Pipeline
 from qcompiler.predicate import Fails
 from qcompiler.state import CompileState, Phase

@@ -15,11 +15,12 @@ from typing import Any
 import onnx
 
 from qcompiler import runtime
-from qcompiler.compile import CompileOptions, prepare
 from qcompiler.cut import Cut, Local, metadata
 from qcompiler.difference import Difference, Error, OutputDifference, OutputError
 from qcompiler.errors import UserError
+from qcompiler.job import prepare
 from qcompiler.load import read_model
+from qcompiler.plan import CompileOptions
 from qcompiler.profile import Profile, profile
 from qcompiler.report import HEAVY
 from qcompiler.state import Feeds

@@ -2,86 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from qcompiler import emit as emitter
-from qcompiler import ir
-from qcompiler.data import Preprocess, as_source
 from qcompiler.detached import total_bytes
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge, judge
-from qcompiler.instrument import Dump, Operators, PassTime, Reproducer, Runnable, Timing, Verify
-from qcompiler.load import input_specs, is_quantized, load_model
-from qcompiler.measure import evaluate, measure, random_samples
+from qcompiler.instrument import Dump, Operators, PassTime, Reproducer, Timing, Verify
+from qcompiler.job import Job, finish, prepare
+from qcompiler.load import input_specs, is_quantized
+from qcompiler.measure import SQNR_FLOOR, evaluate, measure, random_samples
 from qcompiler.mixed import PROBES, Goal, Trials, figures_of, reach
-from qcompiler.modes import STATIC, mode_pipeline
-from qcompiler.pipeline import Instrument, Pipeline, closest, parse_pipeline
-from qcompiler.plugin import Registry, load_registry
+from qcompiler.modes import STATIC
+from qcompiler.pipeline import Instrument
+from qcompiler.plan import CompileOptions
 from qcompiler.report import Layer, Reached, Report, layers_of
-from qcompiler.snapshot import Data, Recipe
 from qcompiler.split import Split
-from qcompiler.state import CompileState, Feeds
-from qcompiler.target import Target
+from qcompiler.state import Feeds
 
-DEFAULT_TARGET = "ort-cpu"
-
-LAST_PASS = {"qdq": "insert-qdq", "integer": "fold-scales", "kernels": None}
-"""Where the default pipeline is cut for each form of output."""
-
-LAST = ("guard-float", "cleanup")
-"""The passes that end the pipeline of every form."""
-
-Progress = Callable[[int, int | None], None]
-"""Called with the number of samples done, and of all samples if it is known."""
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What decides how a model is compiled; see `compile_model`."""
-
-    emit: str = "kernels"
-    level: int | None = None
-    mode: str | None = None
-    bits: int | None = None
-    collector: str | None = None
-    samples: int | None = None
-    target: str | Target = DEFAULT_TARGET
-    per_tensor: bool = False
-    optimize: str | None = None
-    profile: str | Path | None = None
-    passes: str | None = None
-    until: str | None = None
-    keep_float: Iterable[str] | Mapping[str, str] = ()
-    preprocess: Preprocess | None = None
-    load: Iterable[str | Path] = ()
-    progress: Progress | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A compilation that is ready to run: the state at its start, the pipeline, and what it was made from.
-
-    `recipe`: what snapshots record of it; its pipeline goes on behind `until`.
-    """
-
-    state: CompileState
-    pipeline: Pipeline
-    float_model: onnx.ModelProto
-    split: Split | None
-    registry: Registry
-    recipe: Recipe = field(default_factory=Recipe)
-
-    @property
-    def guards(self) -> list[Instrument]:
-        """What tells the user's mistakes from those of passes, before other instruments see an error."""
-        return [] if self.split is None else [Runnable(self.float_model, self.split)]
+MOST_RESCUED = 1 / 3
+"""The share of layers that are left in float, unasked, where the outputs would be far from the float model's."""
 
 
 @dataclass(frozen=True)
@@ -91,47 +36,6 @@ class CompileResult:
     model: onnx.ModelProto
     report: Report
     path: Path | None = None
-
-
-def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOptions) -> Job:
-    """Load the model, the plug-ins and the calibration data. Raises UserError for whatever the caller can mend."""
-    registry = load_registry(Path(p) for p in options.load)
-    target = _target(registry, options.target, options.per_tensor)
-    planned = _pipeline(registry, options)
-    pipeline = planned if options.until is None else planned.until(options.until)
-    float_model = load_model(model)
-    if options.mode not in (None, STATIC) and is_quantized(float_model):
-        raise UserError("the model is quantized already", f"--mode {options.mode}")
-    specs = input_specs(float_model)
-    split = None if calib is None else Split(as_source(calib, specs, options.preprocess, options.samples))
-    if split is None and not is_quantized(float_model) and any(p.name == "calibrate" for p in pipeline.passes):
-        raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
-    state = CompileState(
-        ir.from_proto(float_model),
-        target,
-        registry.ops,
-        keep_float=_reasons(options.keep_float),
-        collectors=registry.collectors,
-        calibration=split,
-        progress=options.progress,
-        metadata={p.key: p.value for p in float_model.metadata_props},
-    )
-    name = float_model.graph.name if isinstance(model, onnx.ModelProto) else str(model)
-    recipe = Recipe(
-        name, str(planned), tuple(str(Path(p).absolute()) for p in options.load), _data(calib, split, options)
-    )
-    return Job(state, pipeline, float_model, split, registry, recipe)
-
-
-def _reasons(patterns: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
-    if isinstance(patterns, Mapping):
-        return dict(patterns)
-    return {pattern: f"kept in float as {pattern!r} asks" for pattern in patterns}
-
-
-def _data(calib: Any, split: Split | None, options: CompileOptions) -> Data | None:
-    path = str(Path(calib).absolute()) if isinstance(calib, str | os.PathLike) else None
-    return None if split is None else Data(path, options.samples, options.preprocess, split.source.digest)
 
 
 def compile_model(
@@ -155,7 +59,8 @@ def compile_model(
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
     verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples
-    that are held back from calibration, and warn of outputs below 10 dB; without `timed` measure no speed. dump: a folder
+    that are held back from calibration; where outputs are below 10 dB leave layers in float, or warn if a third of the layers is
+    not enough; without `timed` measure no speed. dump: a folder
     for a snapshot after every pass, or with dump_changed after those that changed something. reproduce: a new folder for
     what reproduces the crash of a pass. instruments: what else watches the passes. eval: labelled data or a function that
     judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and cheapest layers in float that it takes for
@@ -179,31 +84,54 @@ def compile_model(
         raise UserError(f"mode {choices.mode} cannot be tuned to a goal", "--min-sqnr, --max-drop")
     job = prepare(model, calib, choices)
     judged = None if eval is None else judge(eval, input_specs(job.float_model), choices.preprocess)
+    watch = Watch(instruments, verify, dump, dump_changed, reproduce)
     reached = _keep_for(goal, job, judged) if goal else None
     if reached is not None:
         choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
         job = prepare(model, calib, choices)
-    timing, operators = Timing(), Operators()
-    watchers: list[Instrument] = [*job.guards, timing, *instruments, operators]
-    watchers += [Dump(Path(dump), job.recipe, dump_changed)] if dump is not None else []
-    watchers += [Verify()] if verify else []
-    reproducer = None
-    if reproduce is not None:
-        passes = job.pipeline.passes
-        reproducer = Reproducer(Path(reproduce), job.recipe, passes, lambda: prepare(model, calib, choices).state)
-        watchers.append(reproducer)
-    job.pipeline.run(job.state, watchers)
-    compiled = finish(job, reproducer)
-    report = _report(job, compiled, layers_of(job.state, operators.of), timing.passes)
-    report.path = None if target_path is None else str(target_path)
+    compiled, report = _run(job, watch, lambda: prepare(model, calib, choices))
     if compare:
         _compare(report, job, compiled, timed)
+    if compare and report.warnings and not goal and job.split is not None and choices.mode in (None, STATIC):
+        reached = _few_to_keep(prepare(model, calib, choices))
+        if reached is not None:
+            choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
+            job = prepare(model, calib, choices)
+            compiled, report = _run(job, watch, lambda: prepare(model, calib, choices))
+            _compare(report, job, compiled, timed)
     if judged is not None:
         report.score = evaluate(judged, job.float_model, compiled)
     report.reached = reached
+    report.path = None if target_path is None else str(target_path)
     if target_path is not None:
         emitter.write(compiled, target_path)
     return CompileResult(compiled, report, target_path)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What watches the passes of a compilation; see `compile_model`."""
+
+    instruments: Sequence[Instrument]
+    verify: bool
+    dump: str | Path | None
+    dump_changed: bool
+    reproduce: str | Path | None
+
+
+def _run(job: Job, watch: Watch, restart: Callable[[], Job]) -> tuple[onnx.ModelProto, Report]:
+    """Run the passes of a job. `restart`: makes the same job again."""
+    timing, operators = Timing(), Operators()
+    watchers: list[Instrument] = [*job.guards, timing, *watch.instruments, operators]
+    watchers += [Dump(Path(watch.dump), job.recipe, watch.dump_changed)] if watch.dump is not None else []
+    watchers += [Verify()] if watch.verify else []
+    reproducer = None
+    if watch.reproduce is not None:
+        reproducer = Reproducer(Path(watch.reproduce), job.recipe, job.pipeline.passes, lambda: restart().state)
+        watchers.append(reproducer)
+    job.pipeline.run(job.state, watchers)
+    compiled = finish(job, reproducer)
+    return compiled, _report(job, compiled, layers_of(job.state, operators.of), timing.passes)
 
 
 def _report(job: Job, compiled: onnx.ModelProto, layers: list[Layer], passes: list[PassTime]) -> Report:
@@ -248,98 +176,16 @@ def _keep_for(goal: Goal, job: Job, judged: Judge | None) -> Reached:
     return reach(Trials(job.state, job.pipeline, probes, figures, job.guards), goal)
 
 
-def finish(job: Job, reproducer: Reproducer | None = None) -> onnx.ModelProto:
-    """The model of a job whose pipeline has run, with what made it in its metadata, checked and loaded once.
-
-    Raises EmitError if it is not valid; the reproducer then looks for the pass that made it so.
-    """
-    made_by = {"pipeline": str(job.pipeline)}
-    if job.split is not None:
-        made_by["calibration"] = job.split.source.digest()
-
-    def emitted(state: CompileState) -> onnx.ModelProto:
-        compiled = emitter.to_model(state, made_by)
-        emitter.check(compiled, job.float_model)
-        return compiled
-
+def _few_to_keep(job: Job) -> Reached | None:
+    """The layers that have to stay float for outputs near the float model's, if that is possible and these are few."""
     try:
-        return emitted(job.state)
-    except emitter.EmitError as error:
-        if reproducer is not None:
-            reproducer.rejected(error, emitted)
-        raise
+        reached = _keep_for(Goal(min_sqnr=SQNR_FLOOR), job, None)
+    except UserError:
+        return None
+    return reached if 0 < len(reached.reasons) <= MOST_RESCUED * reached.layers else None
 
 
 def _describe_samples(report: Report, split: Split) -> None:
     report.samples, report.held_back = len(split), len(split.held_back)
     if split.shared:
         report.notes.append("the only sample serves both calibration and comparison: give more")
-
-
-def _target(registry: Registry, target: str | Target, per_tensor: bool) -> Target:
-    if isinstance(target, str):
-        if target not in registry.targets:
-            raise UserError(f"no target is called {target!r}{closest(target, registry.targets)}", "--target")
-        target = registry.targets[target]
-    return replace(target, per_channel=False) if per_tensor else target
-
-
-def _pipeline(registry: Registry, options: CompileOptions) -> Pipeline:
-    """The passes of the level, or those that were asked for, as far as `emit` goes, with the collector put in."""
-    if options.emit not in LAST_PASS:
-        raise UserError(f"no form is called {options.emit!r}; choose {', '.join(LAST_PASS)}", "--emit")
-    pipeline = _named(registry, options)
-    last = LAST_PASS["integer" if options.optimize == "integer" else options.emit]
-    if last is not None and any(stage.name == last for stage in pipeline.passes):
-        pipeline = Pipeline((*pipeline.until(last).passes, *(registry.passes[name]() for name in LAST)))
-    if options.optimize is not None:
-        pipeline = _with(pipeline, ("account", "place"), objective=options.optimize)
-    if options.profile is not None:
-        pipeline = _with(pipeline, ("account", "place"), profile=str(Path(options.profile).absolute()))
-    return pipeline if options.collector is None else _with_collector(registry, pipeline, options.collector)
-
-
-def _named(registry: Registry, options: CompileOptions) -> Pipeline:
-    given = {
-        "-O": options.level,
-        "--passes": options.passes,
-        "--emit": options.emit,
-        "--collector": options.collector,
-        "--optimize": options.optimize,
-        "--profile": options.profile,
-        "--bits": options.bits,
-    }
-    if options.mode not in (None, STATIC):
-        pipeline = mode_pipeline(registry, options.mode, given)
-        return pipeline if options.bits is None else _with(pipeline, ("quantize-blocks",), bits=options.bits)
-    if options.bits is not None:
-        raise UserError("it is for mode weight-only", "--bits")
-    if options.passes is None:
-        return parse_pipeline(registry.pipelines[_level(registry, options.level)], registry.passes)
-    if options.level is not None:
-        raise UserError("a level is a pipeline: give one of the two", "-O and --passes")
-    return parse_pipeline(registry.pipelines.get(options.passes, options.passes), registry.passes)
-
-
-def _level(registry: Registry, level: int | None) -> str:
-    if level is None:
-        return "default"
-    levels = [name for name in registry.pipelines if re.fullmatch(r"O\d", name)]
-    if f"O{level}" not in levels:
-        raise UserError(f"there is no level {level}; choose {', '.join(name[1:] for name in levels)}", "-O")
-    return f"O{level}"
-
-
-def _with_collector(registry: Registry, pipeline: Pipeline, collector: str) -> Pipeline:
-    if collector not in registry.collectors:
-        raise UserError(f"no collector is called {collector!r}{closest(collector, registry.collectors)}", "--collector")
-    return _with(pipeline, ("calibrate",), collector=collector)
-
-
-def _with(pipeline: Pipeline, names: Sequence[str], **options: Any) -> Pipeline:
-    """The pipeline with options of some passes changed."""
-    stages: list[Any] = [
-        replace(stage, **options) if stage.name in names else stage  # type: ignore[type-var]
-        for stage in pipeline.passes
-    ]
-    return Pipeline(tuple(stages))

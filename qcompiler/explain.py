@@ -14,11 +14,12 @@ import numpy as np
 import onnx
 
 from qcompiler import functions, ir
-from qcompiler.compile import CompileOptions, prepare
 from qcompiler.errors import UserError
 from qcompiler.instrument import Watcher
+from qcompiler.job import prepare
 from qcompiler.ops import Role, op_key, rule_of
 from qcompiler.pipeline import Pass
+from qcompiler.plan import CompileOptions
 from qcompiler.state import Block, CompileState, Phase
 from qcompiler.text import format_graph
 

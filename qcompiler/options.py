@@ -15,8 +15,8 @@ from qcompiler import supervise
 from qcompiler.errors import UserError
 
 if TYPE_CHECKING:
-    from qcompiler.compile import CompileOptions, Progress
     from qcompiler.images import Preprocess
+    from qcompiler.plan import CompileOptions, Progress
 
 FORMATTING = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PATH = click.Path(path_type=Path)
@@ -183,7 +183,7 @@ IMAGES = ("preset", "resize", "crop", "mean", "std", "scale", "bgr", "layout")
 
 def compile_options(given: dict[str, Any], progress: Progress | None = None) -> CompileOptions:
     """The compile options in the values of `data_options` and `pipeline_options`, less `calib`."""
-    from qcompiler.compile import CompileOptions  # noqa: PLC0415  (so that --help is quick)
+    from qcompiler.plan import CompileOptions  # noqa: PLC0415  (so that --help is quick)
 
     rest = {key: value for key, value in given.items() if key not in IMAGES and key != "calib"}
     return CompileOptions(**rest, preprocess=preprocess(given), progress=progress)

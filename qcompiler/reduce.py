@@ -13,13 +13,14 @@ import onnx
 from onnx import helper
 
 from qcompiler import emit, ir, runtime, supervise
-from qcompiler.compile import CompileOptions, finish, prepare
 from qcompiler.data import as_source
 from qcompiler.errors import UserError
 from qcompiler.instrument import Verify
 from qcompiler.ir import Node, Tensor
+from qcompiler.job import finish, prepare
 from qcompiler.load import input_specs, load_model
 from qcompiler.pipeline import PassError
+from qcompiler.plan import CompileOptions
 from qcompiler.predicate import CommandFails, Expression, Inaccurate
 from qcompiler.state import Feeds
 

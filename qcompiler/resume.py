@@ -11,12 +11,12 @@ from typing import Any
 import onnx
 
 from qcompiler import emit, ir, snapshot
-from qcompiler.compile import Progress
 from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
 from qcompiler.instrument import Dump, Verify
 from qcompiler.load import input_specs
 from qcompiler.pipeline import Instrument, Pipeline, parse_pipeline
+from qcompiler.plan import Progress
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.snapshot import Data, Recipe, Snapshot
 from qcompiler.split import Split

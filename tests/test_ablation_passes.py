@@ -7,9 +7,11 @@ import onnx
 import pytest
 
 from qcompiler import ir, runtime
-from qcompiler.compile import CompileOptions, compile_model, prepare
+from qcompiler.compile import compile_model
 from qcompiler.errors import UserError
+from qcompiler.job import prepare
 from qcompiler.pipeline import Pipeline, parse_pipeline
+from qcompiler.plan import CompileOptions
 from qcompiler.plugin import load_registry
 from tests.nets import random_net
 from tests.support import random_feeds

@@ -12,9 +12,10 @@ import pytest
 
 from qcompiler import cli, ir
 from qcompiler.bisect import Culprit, bisect
-from qcompiler.compile import CompileOptions, Job, prepare
 from qcompiler.errors import UserError
+from qcompiler.job import Job, prepare
 from qcompiler.pipeline import Pipeline
+from qcompiler.plan import CompileOptions
 from qcompiler.predicate import Expression, Inaccurate
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState, Phase

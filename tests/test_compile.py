@@ -461,3 +461,24 @@ def test_a_full_temporary_folder_only_costs_the_kernel_counts(monkeypatch: pytes
     assert report.kernels == {}
     assert report.speed is not None
     assert any("kernels are not counted" in note for note in report.notes)
+
+
+def difference_of_like_tensors(chain: int) -> onnx.ModelProto:
+    """What 8 bits leave of the difference is noise; a chain of layers makes another output."""
+    w = np.random.default_rng(0).standard_normal((8, 8, 3, 3)).astype(np.float32)
+    other = w + 0.003 * np.random.default_rng(1).standard_normal(w.shape).astype(np.float32)
+    layers = " ".join(f"c{i + 1} = Conv(c{i}, v) " for i in range(chain))
+    text = f"a = Conv(x, w) b = Conv(x, other) d = Sub(a, b) y = Conv(d, v) c0 = Conv(x, v) {layers} z = Relu(c{chain})"
+    weights = {"w": w, "other": other, "v": w[:, :, :1, :1].copy()}
+    return model_from_text(f"g (float[1,8,16,16] x) => (float[] y, float[] z) {{ {text} }}", weights)
+
+
+def test_a_few_layers_stay_float_where_outputs_would_be_far_off() -> None:
+    data = [np.random.default_rng(i).standard_normal((1, 8, 16, 16)).astype(np.float32) for i in range(8)]
+    rescued = compile_model(difference_of_like_tensors(9), data, timed=False).report
+    assert rescued.warnings == []
+    assert rescued.reached is not None
+    assert 0 < len(rescued.reached.reasons) <= rescued.reached.layers / 3
+    hopeless = compile_model(difference_of_like_tensors(1), data, timed=False).report
+    assert hopeless.reached is None
+    assert "is far from the float model's" in hopeless.warnings[0]

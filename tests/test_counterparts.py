@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from qcompiler import ir
-from qcompiler.compile import CompileOptions, prepare
+from qcompiler.job import prepare
+from qcompiler.plan import CompileOptions
 from qcompiler.state import CompileState, Counterpart
 from tests.nets import random_net
 from tests.support import model_from_text, random_feeds, run

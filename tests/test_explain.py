@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from qcompiler.compile import CompileOptions
 from qcompiler.errors import UserError
 from qcompiler.explain import Story, explain
+from qcompiler.plan import CompileOptions
 from tests.support import model_from_text
 from tests.test_cli import Run, folder, qcompile  # noqa: F401  (fixtures)
 

@@ -14,8 +14,10 @@ from qcompiler_passes.insert_qdq import InsertQdq
 
 from qcompiler import compile_model, ir, runtime
 from qcompiler.compare import compare
-from qcompiler.compile import CompileOptions, CompileResult, prepare
+from qcompiler.compile import CompileResult
 from qcompiler.errors import UserError
+from qcompiler.job import prepare
+from qcompiler.plan import CompileOptions
 from tests.support import model_from_text
 
 WIDTH, TOKENS, HEADS = 16, 9, 2

@@ -8,10 +8,12 @@ import pytest
 from qcompiler_passes.place import Place
 
 from qcompiler import runtime
-from qcompiler.compile import CompileOptions, compile_model, prepare
+from qcompiler.compile import compile_model
 from qcompiler.cost import CostTable, read_table
 from qcompiler.errors import UserError
+from qcompiler.job import prepare
 from qcompiler.microbench import Net
+from qcompiler.plan import CompileOptions
 from qcompiler.state import CompileState
 from qcompiler.traps import find_traps
 from qcompiler.work import Accountant, concrete_shapes

@@ -12,8 +12,10 @@ import onnx
 from hypothesis import HealthCheck, given, settings
 
 from qcompiler import ir, runtime
-from qcompiler.compile import CompileOptions, compile_model, prepare
+from qcompiler.compile import compile_model
+from qcompiler.job import prepare
 from qcompiler.measure import SQNR_FLOOR, compare
+from qcompiler.plan import CompileOptions
 from qcompiler.runtime import Feeds
 from tests.random_cnns import SIZE, cnns
 

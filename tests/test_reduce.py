@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from qcompiler import UserError, compile_model
-from qcompiler.compile import CompileOptions
+from qcompiler.plan import CompileOptions
 from qcompiler.predicate import Expression
 from qcompiler.reduce import CommandExits, Crashes, Failure, IsInaccurate, reduce, write_samples
 from qcompiler.state import Feeds

@@ -11,7 +11,9 @@ import pytest
 
 from qcompiler import UserError, ir, runtime
 from qcompiler.cli import main
-from qcompiler.compile import CompileOptions, Job, compile_model, prepare
+from qcompiler.compile import compile_model
+from qcompiler.job import Job, prepare
+from qcompiler.plan import CompileOptions
 from qcompiler.sensitivity import FloatModel, Sensitivity, before_qdq, sensitivity
 from tests.support import model_from_text, run
 

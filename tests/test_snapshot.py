@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from qcompiler import ir, snapshot
-from qcompiler.compile import CompileOptions, prepare
 from qcompiler.cost import Work
 from qcompiler.errors import UserError
 from qcompiler.images import PRESETS
+from qcompiler.job import prepare
 from qcompiler.pipeline import Pipeline
+from qcompiler.plan import CompileOptions
 from qcompiler.plugin import load_registry
 from qcompiler.quant import QuantParams, QuantSpec
 from qcompiler.snapshot import Data, Recipe
@@ -70,7 +71,14 @@ def facts(value: Any) -> Any:
     if isinstance(value, Block):
         return repr(value)  # 6 is not 6.0
     if isinstance(value, QuantParams):
-        return value.spec, value.scale.dtype, value.scale.shape, value.scale.tobytes(), value.zero_point, value.exponents
+        return (
+            value.spec,
+            value.scale.dtype,
+            value.scale.shape,
+            value.scale.tobytes(),
+            value.zero_point,
+            value.exponents,
+        )
     if isinstance(value, np.ndarray):
         return value.dtype, value.tolist()
     if isinstance(value, Counterpart):
@@ -107,8 +115,9 @@ def test_the_text_is_for_people_and_the_json_has_a_line_per_entry(tmp_path: Path
     assert (tmp_path / "a.txt").read_text().splitlines()[1] == "t = Neg(x)"
     lines = (tmp_path / "a.json").read_text().splitlines()
     assert ' "remaining": "cleanup",' in lines
-    assert '  "y": {"spec": {"dtype": "int8", "qmin": -64, "qmax": 63, "symmetric": true, "axis": null, "log2": false},' in "\n".join(
-        lines
+    assert (
+        '  "y": {"spec": {"dtype": "int8", "qmin": -64, "qmax": 63, "symmetric": true, "axis": null, "log2": false},'
+        in "\n".join(lines)
     )
     assert json.loads("\n".join(lines))["blocks"]["b"]["low"] is None
 

@@ -15,7 +15,7 @@ from qcompiler.options import FORMATTING, PATH, compile_options, data_options, j
 
 if TYPE_CHECKING:
     from qcompiler.bisect import Culprit
-    from qcompiler.compile import Job
+    from qcompiler.job import Job
     from qcompiler.predicate import Fails
 
 MAX_LINES, MAX_LAYERS = 12, 8
@@ -53,7 +53,7 @@ def command(
     if (fails is None) == (fails_cmd is None):
         raise UserError("say when a model fails", "--fails or --fails-cmd")
     from qcompiler.bisect import bisect  # noqa: PLC0415  (so that --help is quick)
-    from qcompiler.compile import prepare  # noqa: PLC0415
+    from qcompiler.job import prepare  # noqa: PLC0415
 
     calib = options.pop("calib")
     job = prepare(model, calib, compile_options(options))

@@ -14,7 +14,7 @@ from qcompiler.errors import UserError
 from qcompiler.options import FORMATTING, PATH, compile_options, data_options, pipeline_options
 
 if TYPE_CHECKING:
-    from qcompiler.compile import CompileOptions
+    from qcompiler.plan import CompileOptions
     from qcompiler.reduce import Failure, Reduced
 
 EPILOG = """\b

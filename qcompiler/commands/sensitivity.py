@@ -52,7 +52,7 @@ Examples:
 @json_option
 def command(model: Path, probes: int, top: int | None, as_json: bool, **options: Any) -> None:
     """Rank the layers of MODEL by the damage that quantizing each of them alone does to the outputs."""
-    from qcompiler.compile import prepare  # noqa: PLC0415  (so that --help is quick)
+    from qcompiler.job import prepare  # noqa: PLC0415  (so that --help is quick)
     from qcompiler.sensitivity import sensitivity  # noqa: PLC0415
 
     if options["calib"] is None:
