@@ -18,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import runtime
+from qcompiler.channel_means import ChannelMeans
 from qcompiler.collectors import Collector
 from qcompiler.errors import UserError
 from qcompiler.quant import F32
@@ -47,12 +48,14 @@ def observe(
     *,
     sample_size: int = SAMPLE_SIZE,
     limits: Mapping[str, tuple[float, float]] | None = None,
+    means: ChannelMeans | None = None,
     workers: int | None = None,
 ) -> dict[str, Collector]:
     """Run all samples once and return a collector for each of the float32 tensors (graph inputs, results of nodes).
 
-    `limits`: by tensor, the bounds at which values are clipped before they are taken in. `model` is consumed: it is changed
-    into the instrumented model, so that a large one is not held twice. Of a tensor, samples with no elements are passed over.
+    `limits`: by tensor, the bounds at which values are clipped before they are taken in. `means`: takes what it asks for as
+    well. `model` is consumed: it is changed into the instrumented model, so that a large one is not held twice. Of a tensor,
+    samples with no elements are passed over.
     Which values are looked at depends on the position of the sample only, and collectors merge exactly, so that the number of
     `workers` (threads; at most two by default) cannot change the result.
     Raises UserError that names the sample if the model does not take it or a value is not finite, ValueError for a tensor that
@@ -60,10 +63,10 @@ def observe(
     """
     if not tensors:
         return {}
-    runner, order = _instrumented(model, tensors, sample_size)
+    runner, order = _instrumented(model, tensors, sample_size, means)
     samples = _Samples(source, progress)
     team = [
-        _Worker(runner, {t: (limits or {}).get(t, _NO_LIMITS) for t in order}, make)
+        _Worker(runner, {t: (limits or {}).get(t, _NO_LIMITS) for t in order}, make, means)
         for _ in range(workers or runtime.WORKERS)
     ]
     with ThreadPoolExecutor(len(team)) as pool:
@@ -123,9 +126,14 @@ class _Samples:
 class _Worker:
     """Runs samples and feeds its own collectors."""
 
-    def __init__(self, runner: Relay, limits: Mapping[str, tuple[float, float]], make: Callable[[], Collector]) -> None:
-        self.runner = runner
-        self.limits = limits
+    def __init__(
+        self,
+        runner: Relay,
+        limits: Mapping[str, tuple[float, float]],
+        make: Callable[[], Collector],
+        means: ChannelMeans | None,
+    ) -> None:
+        self.runner, self.limits, self.means = runner, limits, means
         self.collectors = {name: make() for name in limits}
 
     def run(self, samples: _Samples) -> None:
@@ -143,6 +151,9 @@ class _Worker:
             rows = runtime.run(self.runner, {**feeds, _SEED: np.array([_scattered(index)], np.int64)})
         except (UserError, RuntimeError) as error:
             raise UserError(error.what if isinstance(error, UserError) else str(error), where) from error
+        if self.means is not None:
+            self.means.take(index, rows[len(rows) - len(self.means) :])
+            del rows[len(rows) - len(self.means) :]
         ends = (len(rows) - len(self.collectors)) // 2
         lows, highs, values = np.concatenate(rows[:ends]), np.concatenate(rows[ends : 2 * ends]), rows[2 * ends :]
         bounds = zip(lows.tolist(), highs.tolist(), strict=True)
@@ -159,12 +170,12 @@ _NO_LIMITS = (-math.inf, math.inf)
 
 def _take(collector: Collector, low: float, high: float, sample: F32, limits: tuple[float, float]) -> None:
     """Let the collector observe a tensor clipped at the limits. Raises ValueError if a value is not finite."""
-    if limits == _NO_LIMITS:
+    least, greatest = limits
+    if least <= low and high <= greatest:
         collector.observe(low, high, sample)
         return
     if not (math.isfinite(low) and math.isfinite(high) and np.isfinite(sample).all()):
         raise ValueError("a value is not finite")
-    least, greatest = limits
     inner = np.clip(sample, np.float32(least), np.float32(greatest))
     collector.observe(min(max(low, least), greatest), min(max(high, least), greatest), inner)
 
@@ -174,17 +185,19 @@ def _scattered(index: int) -> int:
     return (index * 2654435761 + 12345) % 2**32 >> 1
 
 
-def _instrumented(model: onnx.ModelProto, tensors: Sequence[str], sample_size: int) -> tuple[Relay, list[str]]:
+def _instrumented(
+    model: onnx.ModelProto, tensors: Sequence[str], sample_size: int, means: ChannelMeans | None
+) -> tuple[Relay, list[str]]:
     """What runs the instrumented model, and the order of the tensors in what it gives.
 
-    That is the least values of the tensors of each section, the greatest likewise, then a sample of each tensor.
+    That is the least values of the tensors of each section, the greatest likewise, then a sample of each tensor, then means.
     """
     _check_tensors(model.graph, tensors)
     sizes = _sizes(model.graph)
     sections = split(model, SECTION // 3)
     taken = {v.name for section in sections[1:] for v in section.graph.input}
     order: list[str] = []
-    ends: list[list[str]] = [[], [], []]
+    ends: list[list[str]] = [[], [], [], []]
     for i, section in enumerate(sections):
         known = {name for node in section.graph.node for name in node.output}
         known |= set() if i else {v.name for v in section.graph.input}
@@ -193,7 +206,8 @@ def _instrumented(model: onnx.ModelProto, tensors: Sequence[str], sample_size: i
         del section.graph.output[:]
         section.graph.output.extend(kept)
         added = _instrument(section.graph, own, sizes, sample_size, i)
-        ends = [[*names, *more] for names, more in zip(ends, added, strict=True)]
+        averaged = [] if means is None else means.instrument(section, known)
+        ends = [[*names, *more] for names, more in zip(ends, (*added, averaged), strict=True)]
         order += own
     return Relay(sections, [name for names in ends for name in names]), order
 
@@ -212,19 +226,23 @@ def _instrument(
     flat, first, _, _, _, last = (c.name for c in constants.values())
     bounds: tuple[list[str], list[str]] = ([], [])
     samples = []
+    starts: set[str] = set()
     for i, tensor in enumerate(tensors):
         row, low, high, stride, start, sample = (f"{_PREFIX}.{section}.{i}.{j}" for j in range(6))
+        graph.node.append(helper.make_node("Reshape", [tensor, flat], [row]))
         if tensor in sizes:
             step = sizes[tensor] // (2 * sample_size) * 2 + 1
-            stride = f"{_PREFIX}.stride.{step}"
+            stride, start = f"{_PREFIX}.stride.{step}", f"{_PREFIX}.{section}.start.{step}"
             constants.setdefault(stride, numpy_helper.from_array(np.array([step], np.int64), stride))
-        graph.node.append(helper.make_node("Reshape", [tensor, flat], [row]))
-        graph.node.extend([] if tensor in sizes else _stride_of(row, stride))
+        else:
+            graph.node.extend(_stride_of(row, stride))
+        if start not in starts:
+            starts.add(start)
+            graph.node.append(helper.make_node("Mod", [_SEED, stride], [start]))
         graph.node.extend(
             [
                 helper.make_node("ReduceMin", [row], [low], keepdims=1),
                 helper.make_node("ReduceMax", [row], [high], keepdims=1),
-                helper.make_node("Mod", [_SEED, stride], [start]),
                 helper.make_node("Slice", [row, start, last, first, stride], [sample]),
             ]
         )
@@ -252,12 +270,18 @@ def _stride_of(row: str, stride: str) -> list[onnx.NodeProto]:
 
 
 def _sizes(graph: onnx.GraphProto) -> dict[str, int]:
-    """The numbers of elements of tensors whose shapes are known."""
+    """The numbers of elements of tensors whose shapes are known, in a batch of one if that is all that is open."""
+    batches = {
+        value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if value.type.tensor_type.shape.dim
+    }
     found = {}
     for value in (*graph.value_info, *graph.input, *graph.output):
         kind = value.type.tensor_type
-        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
-            found[value.name] = math.prod(dim.dim_value for dim in kind.shape.dim)
+        dims = list(kind.shape.dim)
+        if dims and dims[0].dim_param and dims[0].dim_param in batches:
+            del dims[0]
+        if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[value.name] = math.prod(dim.dim_value for dim in dims)
     return found
 
 

@@ -151,7 +151,8 @@ def _to_json(state: CompileState, recipe: Recipe, done: int) -> dict[str, Any]:
         "ties": state.ties,
         "params": {name: _params_to_json(params) for name, params in state.params.items()},
         "tables": {name: base64.b64encode(table).decode() for name, table in state.tables.items()},
-        "integers": {name: _integers_to_json(values) for name, values in state.integers.items()},
+        "integers": {name: _array_to_json(values) for name, values in state.integers.items()},
+        "means": {name: _array_to_json(values) for name, values in state.means.items()},
         "imported": {name: _params_to_json(params) for name, params in state.imported.items()},
         "shapes": {t.name: list(t.shape) for t in _untyped(state.graph)},
     }
@@ -195,11 +196,11 @@ def _counterpart_to_json(counterpart: Counterpart) -> list[Any]:
     return [source, factor.tolist(), offset.tolist(), reshaped]
 
 
-def _integers_to_json(values: NDArray[Any]) -> list[Any]:
+def _array_to_json(values: NDArray[Any]) -> list[Any]:
     return [values.dtype.name, values.shape, base64.b64encode(values.tobytes()).decode()]
 
 
-def _integers(dtype: str, shape: list[int], values: str) -> NDArray[Any]:
+def _array(dtype: str, shape: list[int], values: str) -> NDArray[Any]:
     return np.frombuffer(base64.b64decode(values, validate=True), dtype).reshape(shape)
 
 
@@ -226,7 +227,8 @@ def _state(data: Mapping[str, Any], graph: ir.Graph, registry: Registry) -> Comp
         tables={node: base64.b64decode(table, validate=True) for node, table in data["tables"].items()},
         origin={node: tuple(layers) for node, layers in data["origin"].items()},
         counterparts={tensor: _counterpart(*entry) for tensor, entry in data["counterparts"].items()},
-        integers={tensor: _integers(*entry) for tensor, entry in data["integers"].items()},
+        integers={tensor: _array(*entry) for tensor, entry in data["integers"].items()},
+        means={tensor: _array(*entry) for tensor, entry in data["means"].items()},
         imported={tensor: _params(params) for tensor, params in data["imported"].items()},
         corrected=set(data["corrected"]),
         keep_float=dict(data["keep_float"]),

@@ -80,7 +80,8 @@ class CompileState:
     (float tensors and, after insert-qdq, their integer counterparts). `tables`: Table node -> the float model that filled
     it. `origin`: node -> the float layers that it came from. `counterparts`: tensor -> what it is to one of the float model;
     one that is not there is the tensor of that name. `integers`: weight -> what it is rounded to, if not to the
-    nearest. `imported`: tensor -> the params that a quantized model came with. `corrected`: layers whose bias holds a
+    nearest. `imported`: tensor -> the params that a quantized model came with. `means`: tensor -> of each channel in float, for
+    each calibration sample, float32 (samples, channels), until biases are corrected. `corrected`: layers whose bias holds a
     correction. `refusals`: node -> why the pass that runs, or ran last, left it as it is. `keep_float`: patterns of node and
     output names -> why they stay float. `calibration`: the samples; `collectors`: the known ways to measure ranges, by name;
     `progress`: called with the number of samples done and in all. `skip`: passes for the target that would not pay on this
@@ -101,6 +102,7 @@ class CompileState:
     counterparts: dict[str, Counterpart] = field(default_factory=dict)
     integers: dict[str, NDArray[Any]] = field(default_factory=dict)
     imported: dict[str, QuantParams] = field(default_factory=dict)
+    means: dict[str, NDArray[Any]] = field(default_factory=dict)
     corrected: set[str] = field(default_factory=set)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     keep_float: Mapping[str, str] = field(default_factory=dict)

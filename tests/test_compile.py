@@ -147,7 +147,7 @@ def test_levels_are_pipelines() -> None:
     texts = [compile_model(net(), samples(4), level=n, compare=False).report.pipeline for n in range(4)]
     assert len(set(texts)) == 4
     assert texts[2] == compile_model(net(), samples(4), compare=False).report.pipeline
-    assert "calibrate{collector=minmax}" in texts[0]
+    assert "calibrate{collector=minmax means=0}" in texts[0]
     assert "correct-bias" not in texts[0] + texts[1]
 
 
@@ -155,7 +155,7 @@ def test_a_level_goes_with_a_form_and_a_collector() -> None:
     report = compile_model(net(), samples(4), level=0, emit="qdq", collector="omse", compare=False).report
     assert report.emit == "qdq"
     assert (
-        "calibrate,power-of-two-factors,align-scales,scale-weights{search=false},insert-qdq,guard-float,cleanup"
+        "calibrate{means=0},power-of-two-factors,align-scales,scale-weights{search=false},insert-qdq,guard-float,cleanup"
         in report.pipeline
     )
     named = compile_model(net(), samples(4), passes="O0", emit="qdq", collector="omse", compare=False).report

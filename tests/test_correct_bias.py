@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from qcompiler_passes.biases import layers_with_bias, results
 from qcompiler_passes.correct_bias import CorrectBias, _shift
 from qcompiler_passes.insert_qdq import InsertQdq
 
@@ -80,6 +81,38 @@ def test_needs_no_shapes() -> None:
     for node, same in zip(state.graph.nodes, blind.graph.nodes, strict=True):
         if node.op in ("Conv", "Gemm"):
             np.testing.assert_array_equal(ir.array(node.inputs[2]), ir.array(same.inputs[2]))
+
+
+def _biases(state: CompileState) -> list[np.ndarray]:
+    assert CorrectBias().run(state) == 3
+    return [ir.array(n.inputs[2]) for n in state.graph.nodes if n.op in ("Conv", "Gemm")]
+
+
+def test_means_that_calibrate_noted_serve_as_those_measured_now() -> None:
+    noted, measured = _calibrated(coarse=16), _calibrated(coarse=16)
+    assert set(noted.means) == {"r", "s", "y"}
+    measured.means = {}
+    for known, own in zip(_biases(noted), _biases(measured), strict=True):
+        np.testing.assert_allclose(known, own, rtol=1e-3, atol=1e-5)
+    assert not noted.means
+
+
+def test_some_positions_of_a_large_image_stand_for_all() -> None:
+    body = "a = Abs(x) y = Conv<pads=[1,1,1,0], strides=[2,2]>(a, w, b)"
+    text = f"g (float[1,4,70,45] x) => (float[1,8,35,22] y) {{ {body} }}"
+    state = compiled(graph_text(text, w=weights(8, 4, 3, 3), b=weights(8)), *TO_QDQ[:-1])
+    [layer] = layers_with_bias(state)
+    assert results(state, [layer])[0].steps == (2, 1)
+    params = state.params[layer.inputs[1].name]
+    state.params[layer.inputs[1].name] = params.with_scale(params.scale * 16)
+    plain, source = advance(state.clone(), InsertQdq()), list(state.calibration or ())
+    corrected = advance(state, CorrectBias(), InsertQdq())
+    exact = np.stack([run(graph_text(text, w=weights(8, 4, 3, 3), b=weights(8)), s)[0] for s in source])
+    errors = [
+        np.abs((np.stack([run(ir.to_proto(s.graph), x)[0] for x in source]) - exact).mean(axis=(0, 1, 3, 4))).max()
+        for s in (plain, corrected)
+    ]
+    assert errors[1] < 0.2 * errors[0]
 
 
 def test_gives_a_layer_without_bias_one() -> None:

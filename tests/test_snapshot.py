@@ -54,6 +54,7 @@ def odd_state() -> CompileState:
         origin={"n": ("first", "second")},
         counterparts={"s": Counterpart("t", np.array([[1 / 3], [2]]), np.zeros(()), True)},
         integers={"w": np.array([[-128, 127, 3]], np.int8)},
+        means={"y": np.array([[0.1, -3e-9]], np.float32)},
         corrected={"c", "b", "a"},
         keep_float={"*head*": "asked for"},
         float_work=(Work("conv", macs=1 / 3),),

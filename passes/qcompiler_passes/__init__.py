@@ -48,12 +48,12 @@ _PLACE = "account,expand-operators,expand-activations,split-groups,pad-channels,
 _INTEGER = "insert-qdq,lower-integer,fold-scales,select-kernels,guard-float,cleanup"
 
 LEVELS = {
-    "O0": f"{_FLOAT},{_PLACE},calibrate{{collector=minmax}},power-of-two-factors,align-scales,scale-weights{{search=false}},"
-    f"{_INTEGER}",
-    "O1": f"{_FLOAT},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,{_INTEGER}",
+    "O0": f"{_FLOAT},{_PLACE},calibrate{{collector=minmax means=0}},power-of-two-factors,align-scales,"
+    f"scale-weights{{search=false}},{_INTEGER}",
+    "O1": f"{_FLOAT},{_PLACE},calibrate{{means=0}},power-of-two-factors,align-scales,scale-weights,{_INTEGER}",
     "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate{{samples_per_tensor=65536}},choose-ranges,power-of-two-factors,align-scales,"
-    f"scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
+    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate{{samples_per_tensor=65536 means=128}},choose-ranges,"
+    f"power-of-two-factors,align-scales,scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from qcompiler import ir
+from qcompiler.channel_means import ChannelMeans
 from qcompiler.collectors import Collector, MinMax
 from qcompiler.errors import UserError
 from qcompiler.ir import Tensor
@@ -19,6 +20,7 @@ from qcompiler.pipeline import closest
 from qcompiler.quant import QuantParams, params_from_range
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.annotate import annotate
+from qcompiler_passes.biases import layers_with_bias, results
 from qcompiler_passes.masks import bound_masks
 
 
@@ -30,11 +32,13 @@ class Calibrate:
     came with are taken as they are; if it has gaps and there is no data, the blocks with gaps stay float.
 
     `collector`: the name of the way to measure. `samples_per_tensor`: about how many values of a tensor the collector sees of
-    each calibration sample, besides the exact bounds.
+    each calibration sample, besides the exact bounds. `means`: of how many samples to note the means of channels that
+    `correct-bias` compares with; without them, it runs the float model for itself.
     """
 
     collector: str = "omse"
     samples_per_tensor: int = SAMPLE_SIZE
+    means: int = 64
 
     name: ClassVar[str] = "calibrate"
     requires: ClassVar[Phase] = Phase.ANNOTATED
@@ -80,6 +84,7 @@ class Calibrate:
             make = state.collectors[self.collector]
             model = ir.to_proto(state.graph)
             limits = {name: (block.low, block.high) for block in state.blocks.values() for name in block.outputs}
+            means = self._means(state)
             measured |= observe(
                 model,
                 variables,
@@ -88,8 +93,14 @@ class Calibrate:
                 state.progress,
                 sample_size=self.samples_per_tensor,
                 limits=limits,
+                means=means,
             )
+            state.means |= {} if means is None else means.finish()
         return measured
+
+    def _means(self, state: CompileState) -> ChannelMeans | None:
+        channels = results(state, layers_with_bias(state)) if self.means and not state.imported else []
+        return ChannelMeans(channels, self.means) if channels else None
 
 
 def _import(state: CompileState) -> int:

@@ -66,7 +66,7 @@ class ChooseRanges:
         for collector in self.collectors.split():
             trial = state.clone()
             trial.params, trial.progress = {}, None
-            Calibrate(collector).run(trial)
+            Calibrate(collector, means=0).run(trial)
             noise = _noise(trial, samples, wanted)
             if _worst(noise) < least and np.mean(noise.sum(axis=0) < first.sum(axis=0)) >= self.most:
                 least, best = _worst(noise), trial

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -10,18 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler import ir
+from qcompiler.channel_means import ChannelMeans, Channels
+from qcompiler.collectors import MinMax
 from qcompiler.ir import Graph, Node, Tensor
-from qcompiler.ops import Lowering, op_key
-from qcompiler.relay import relay
+from qcompiler.observe import observe
 from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
-from qcompiler.runtime import run_all
-from qcompiler.state import Block, CompileState, Feeds, Phase
+from qcompiler.state import CompileState, Feeds, Phase
+from qcompiler_passes.biases import layers_with_bias, results
 from qcompiler_passes.insert_qdq import InsertQdq
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
+
+_FINITE = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
 LEAST_ACTIVE = 0.1
 """Below this share of outputs inside the activation's bounds, the bias is taken to move the mean as if it were this share."""
@@ -50,46 +54,25 @@ class CorrectBias:
         """Return the number of layers corrected."""
         if state.phase >= Phase.QDQ or state.calibration is None or state.imported:
             return 0
-        layers = [n for n in _reached(state) if _has_bias_input(state, n) and n.name not in state.corrected]
+        layers = [n for n in layers_with_bias(state) if n.name not in state.corrected]
         if not layers:
             return 0
+        exact = _means(state, layers, self.samples)
         _ensure_bias(state, layers)
-        samples = list(islice(state.calibration, self.samples))
-        blocks = [state.blocks[n.name] for n in layers]
-        wanted = _float_means(state.graph, layers, blocks, samples)
-        quantized = _QuantizedPrefix(_quantized_twin(state), layers, samples)
+        quantized = _QuantizedPrefix(state, layers, list(islice(state.calibration, self.samples)))
         rewriter = Rewriter(state)
-        for layer, block, means in zip(layers, blocks, wanted, strict=True):
+        for layer, wanted in zip(layers, exact, strict=True):
             if rewriter.exhausted:
                 break
-            measured, active = quantized.next_layer(block)
-            shift = _shift(means[: len(measured)], measured, active)
+            measured, active = quantized.next_layer()
+            shift = _shift(wanted[: len(measured)], measured, active)
             bias = (ir.array(layer.inputs[2]) + shift).astype(np.float32)
             rewriter.set_input(layer, 2, rewriter.constant(f"{layer.name}_corrected_bias", bias))
             quantized.shift_bias(shift)
             state.corrected.add(layer.name)
             rewriter.count += 1
+        state.means = {}
         return rewriter.count
-
-
-def _has_bias_input(state: CompileState, node: Node) -> bool:
-    rule = state.ops.get(op_key(node.op, node.domain))
-    is_layer = (
-        node.name in state.blocks and rule is not None and rule.lowering is Lowering.MAC and not rule.refuse(node)
-    )
-    return is_layer and node.op in ("Conv", "Gemm") and ir.type_name(node.inputs[1]) == "float32"
-
-
-def _reached(state: CompileState) -> list[Node]:
-    """The nodes of quantized blocks, and those behind them."""
-    quantized = {name for block in state.blocks.values() if block.quantized for name in block.nodes}
-    behind: set[int] = set()
-    found = []
-    for node in state.graph.nodes:
-        if node.name in quantized or any(id(t) in behind for t in (*node.inputs, *ir.captures(node))):
-            behind.update(id(t) for t in node.outputs)
-            found.append(node)
-    return found
 
 
 def _ensure_bias(state: CompileState, layers: list[Node]) -> None:
@@ -120,52 +103,16 @@ def _shift(wanted: F64, measured: F64, active: F64) -> F64:
     return np.where(share > 0, mean * certainty / np.maximum(share, LEAST_ACTIVE), 0)
 
 
-def _float_means(graph: Graph, layers: list[Node], blocks: list[Block], samples: list[Feeds]) -> list[F64]:
-    """Per layer, the mean of each channel behind the activation: (samples, channels)."""
-    copy = graph.copy()
-    by_name = {n.name: n for n in copy.nodes}
-    copy.outputs = [_tap(copy, by_name[n.name], b)[0] for n, b in zip(layers, blocks, strict=True)]
-    ir.drop_dead_nodes(copy)
-    rows = run_all(relay(ir.to_proto(copy)), samples)
-    return [np.asarray([row[i] for row in rows], np.float64) for i in range(len(layers))]
-
-
-def _tap(graph: Graph, node: Node, block: Block) -> list[Tensor]:
-    """Add to the graph, for each channel of a layer: the mean behind the activation, and the share that the bias moves."""
-    raw = node.outputs[0]
-    rank = _rank(node)
-    axes = [i for i in range(rank) if i != (1 if node.op == "Conv" else rank - 1)]
-    bounds = [
-        ir.Constant(f"{raw.name}_{which}", np.asarray(np.clip(bound, *_FINITE), np.float32))
-        for which, bound in (("low", block.low), ("high", block.high))
-    ]
-    clipped = _append(graph, "Clip", [raw, *bounds], np.float32)
-    within = _append(graph, "Cast", [_append(graph, "Equal", [raw, clipped], np.bool_)], np.float32, to=1)
-    return [_mean(graph, t, axes) for t in (clipped, within)]
-
-
-def _rank(node: Node) -> int:
-    """The rank of a layer's output: 2 for Gemm, the weight's for Conv, whose weight may be dequantized."""
-    if node.op == "Gemm":
-        return 2
-    dequantizer = ir.producer(node.inputs[1])
-    return ir.array(node.inputs[1] if dequantizer is None else dequantizer.inputs[0]).ndim
-
-
-_FINITE = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
-
-
-def _append(graph: Graph, op: str, inputs: list[Tensor], dtype: Any, **attrs: Any) -> Tensor:
-    name = f"{inputs[0].name}_tap_{op}"
-    graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(dtype))]))
-    return graph.nodes[-1].outputs[0]
-
-
-def _mean(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
-    if graph.opset < 18:
-        return _append(graph, "ReduceMean", [tensor], np.float32, axes=axes, keepdims=0)
-    wanted = ir.Constant(f"{tensor.name}_axes", np.asarray(axes, np.int64))
-    return _append(graph, "ReduceMean", [tensor, wanted], np.float32, keepdims=0)
+def _means(state: CompileState, layers: list[Node], samples: int) -> list[F64]:
+    """Per layer, the mean of each channel in float, as calibrate noted it or as measured now: (samples, channels)."""
+    assert state.calibration is not None
+    channels = results(state, layers)
+    known: Mapping[str, F32] = state.means
+    if not all(c.tensor in known for c in channels):
+        means, source = ChannelMeans(channels, samples), islice(state.calibration, samples)
+        observe(ir.to_proto(state.graph), [c.tensor for c in channels], source, MinMax, means=means)
+        known = means.finish()
+    return [known[c.tensor][:samples].astype(np.float64) for c in channels]
 
 
 def _quantized_twin(state: CompileState) -> Graph:
@@ -197,30 +144,60 @@ def _source(tensor: Tensor) -> Tensor:
 class _QuantizedPrefix:
     """The layers of a quantized graph, measured one after the other behind those that are corrected already."""
 
-    def __init__(self, graph: Graph, layers: list[Node], samples: list[Feeds]) -> None:
-        nodes = {n.name: n for n in graph.nodes}
-        self._graph = graph
-        self._layers = [nodes[n.name] for n in layers]
-        self._replay = Replay(graph, samples, [_source(n.inputs[0]) for n in self._layers])
+    def __init__(self, state: CompileState, layers: list[Node], samples: list[Feeds]) -> None:
+        self._graph = _quantized_twin(state)
+        nodes = {n.name: n for n in self._graph.nodes}
+        self._layers, self._results = [nodes[n.name] for n in layers], results(state, layers)
+        self._replay = Replay(self._graph, samples, [_source(n.inputs[0]) for n in self._layers])
         self._position = -1
 
-    def next_layer(self, block: Block) -> tuple[F64, F64]:
+    def next_layer(self) -> tuple[F64, F64]:
         """The channel means behind the activation, and the shares that the bias moves: (samples, channels) each."""
         self._position += 1
-        count = len(self._graph.nodes)
-        rows = self._replay.advance(_tap(self._graph, self._with_constants(self._layers[self._position]), block))
+        layer, channels, count = self._layers[self._position], self._results[self._position], len(self._graph.nodes)
+        raw = self._in_float(layer, channels)
+        rows = self._replay.advance(self._averages(raw, channels))
         for node in self._graph.nodes[count:]:
             ir.detach(node)
         del self._graph.nodes[count:]
-        means, shares = (np.asarray([row[i] for row in rows], np.float64) for i in (1, 2))
-        return means, shares
+        means = np.asarray([row[1] for row in rows], np.float64)
+        return means, np.asarray([row[2] for row in rows], np.float64) if channels.bounded else np.ones_like(means)
 
-    def _with_constants(self, layer: Node) -> Node:
-        """A copy of the layer with constants for weight and bias, for which ONNX Runtime has its fast float kernels."""
+    def _in_float(self, layer: Node, channels: Channels) -> Tensor:
+        """What the layer gives before it is rounded, at the positions that count.
+
+        Weight and bias are constants, for which ONNX Runtime has its fast float kernels. Means of what is rounded would hold
+        the error that all values of a constant background have in common: no bias takes that away.
+        """
         inputs = [layer.inputs[0], *(ir.Constant(f"{t.name}_constant", _dequantized(t)) for t in layer.inputs[1:])]
-        result = ir.Variable(f"{layer.outputs[0].name}_raw", np.dtype(np.float32))
-        self._graph.nodes.append(ir.Node(layer.op, f"{layer.name}_raw", dict(layer.attrs), inputs, [result]))
-        return self._graph.nodes[-1]
+        attrs = dict(layer.attrs)
+        if max(channels.steps, default=1) > 1:
+            strides = attrs.get("strides", [1] * len(channels.steps))
+            attrs["strides"] = [stride * step for stride, step in zip(strides, channels.steps, strict=True)]
+        return self._append(layer.op, inputs, **attrs)
+
+    def _averages(self, raw: Tensor, channels: Channels) -> list[Tensor]:
+        """Of each channel, the mean behind the activation and, if that has bounds, the share that the bias moves."""
+        if not channels.bounded:
+            return [self._mean(raw, channels)]
+        bounds = [
+            ir.Constant(f"{raw.name}_{which}", np.asarray(np.clip(bound, *_FINITE), np.float32))
+            for which, bound in (("low", channels.low), ("high", channels.high))
+        ]
+        clipped = self._append("Clip", [raw, *bounds])
+        within = self._append("Cast", [self._append("Equal", [raw, clipped], np.bool_)], to=1)
+        return [self._mean(t, channels) for t in (clipped, within)]
+
+    def _mean(self, tensor: Tensor, channels: Channels) -> Tensor:
+        if self._graph.opset < 18:
+            return self._append("ReduceMean", [tensor], axes=channels.axes, keepdims=0)
+        axes = ir.Constant(f"{tensor.name}_axes", np.asarray(channels.axes, np.int64))
+        return self._append("ReduceMean", [tensor, axes], keepdims=0)
+
+    def _append(self, op: str, inputs: list[Tensor], dtype: Any = np.float32, **attrs: Any) -> Tensor:
+        name = f"{inputs[0].name}_tap_{op}"
+        self._graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(dtype))]))
+        return self._graph.nodes[-1].outputs[0]
 
     def shift_bias(self, shift: F64) -> None:
         """Add to the bias of the layer that was measured last."""
