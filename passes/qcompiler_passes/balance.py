@@ -22,7 +22,7 @@ from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import F32
 from qcompiler.relay import relay
 from qcompiler.rewrite import Refusal, Rewriter
-from qcompiler.runtime import run
+from qcompiler.runtime import run_all
 from qcompiler.state import CompileState, Feeds
 from qcompiler_passes.channel_rules import RULES
 from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
@@ -254,9 +254,10 @@ def _observe(state: CompileState, channels: Channels, samples: list[Feeds]) -> l
     if not taps:
         return []
     ir.drop_dead_nodes(copy)
-    runner = relay(ir.to_proto(copy))
-    rows = [[np.asarray(value, np.float64).reshape(-1) for value in run(runner, sample)] for sample in samples]
-    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    rows = run_all(relay(ir.to_proto(copy)), samples)
+    columns = [
+        np.stack([value.reshape(-1) for value in column]).astype(np.float64) for column in zip(*rows, strict=True)
+    ]
     return [
         Observed(
             name,
