@@ -48,16 +48,17 @@ def test_float_passes_keep_the_function(model: onnx.ModelProto) -> None:
 @given(model=cnns())
 def test_the_forms_are_bit_identical_and_near(model: onnx.ModelProto) -> None:
     calibration, feeds = samples(model, 8), samples(model, 3)
-    kernels = compile_model(model, calibration, timed=False)
-    results = []
-    for emit in ("integer", "qdq"):
-        results.append(compile_model(model, calibration, emit=emit, compare=False).model)
-    expected = [runtime.run(runtime.session(kernels.model), sample) for sample in feeds]
+    kernels, *results = (
+        compile_model(model, calibration, emit=emit, compare=False).model for emit in ("kernels", "integer", "qdq")
+    )
+    expected = [runtime.run(runtime.session(kernels), sample) for sample in feeds]
     for other in results:
         session = runtime.session(other)
         for sample, wanted in zip(feeds, expected, strict=True):
             for x, y in zip(wanted, runtime.run(session, sample), strict=True):
                 np.testing.assert_array_equal(y, x)
-    matches = compare(runtime.session(model), runtime.session(kernels.model), feeds)
+    matches = compare(runtime.session(model), runtime.session(kernels), feeds)
     wrong = [m.name for m in matches if m.not_finite or (m.sqnr is not None and m.sqnr < SQNR_FLOOR - 6)]
-    assert not wrong or kernels.report.warnings
+    if wrong:
+        report = compile_model(model, calibration, timed=False).report
+        assert report.warnings or report.reached
