@@ -26,7 +26,7 @@ def benchmark() -> ModuleType:
 
 def test_each_method_changes_what_it_is_called_for(benchmark: ModuleType) -> None:
     plain = str(benchmark.pipeline(LEVELS["O0"], benchmark.Method("EMA", collector="ema"), 8))
-    assert "calibrate{collector=ema}" in plain
+    assert "calibrate{collector=ema " in plain
     assert "attention=linear" in plain
     assert "power-of-two-factors" not in plain
     both = str(benchmark.pipeline(LEVELS["O2"], benchmark.Method("both", "O2", "omse", ptf=True, lis=True), 4))
