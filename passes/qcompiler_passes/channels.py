@@ -45,7 +45,7 @@ class Channels:
     operands: list[tuple[Node, int, Ids]] = field(default_factory=list)
     makers: list[Node] = field(default_factory=list)
     held: dict[int, Refusal] = field(default_factory=dict)
-    parents: list[int] = field(default_factory=lambda: [0])
+    parents: Ids = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def made_by(self, node: Node, count: int) -> Ids:
         """Variables for the result of an operator with weights, shape (count,): new ones if it is a source, else fixed ones."""
@@ -56,29 +56,27 @@ class Channels:
 
     def fresh(self, count: int) -> Ids:
         """New variables, shape (count,)."""
-        start = len(self.parents)
-        self.parents.extend(range(start, start + count))
-        return np.arange(start, start + count)
-
-    def root(self, variable: int) -> int:
-        """The variable that stands for all that are tied to this one: 0 if it is fixed."""
-        parents = self.parents
-        while parents[variable] != variable:
-            parents[variable] = parents[parents[variable]]
-            variable = parents[variable]
-        return variable
+        new = np.arange(len(self.parents), len(self.parents) + count)
+        self.parents = np.concatenate([self.parents, new])
+        return new
 
     def roots(self, ids: Ids) -> Ids:
-        """`root` of each."""
-        distinct, where = np.unique(ids, return_inverse=True)
-        return np.asarray([self.root(v) for v in distinct.tolist()], np.int64)[where].reshape(ids.shape)
+        """For each variable the one that stands for all that are tied to it: 0 if it is fixed."""
+        roots = self.parents[ids]
+        while not np.array_equal(roots, above := self.parents[roots]):
+            roots = above
+        self.parents[ids] = roots  # a shorter way for the next time
+        return roots
 
     def tie(self, a: Ids, b: Ids) -> None:
         """Let broadcast variables be equal, pair by pair."""
-        pairs = np.stack([x.reshape(-1) for x in np.broadcast_arrays(a, b)], axis=1)
-        for x, y in np.unique(pairs, axis=0).tolist():
-            low, high = sorted((self.root(x), self.root(y)))
-            self.parents[high] = low
+        while True:
+            x, y = np.broadcast_arrays(self.roots(a), self.roots(b))
+            if np.array_equal(x, y):
+                return
+            self.parents[np.maximum(x, y)] = np.minimum(
+                x, y
+            )  # of several pairs with the same greater one, the last: then again
 
     def fix(self, tensor: Tensor, reason: Refusal | None = None) -> None:
         """Forbid factors on a tensor."""
