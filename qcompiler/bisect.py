@@ -14,7 +14,7 @@ from qcompiler.errors import UserError
 from qcompiler.instrument import Watcher
 from qcompiler.ir import Graph, Node
 from qcompiler.job import Job
-from qcompiler.pipeline import Pass, PassError, Pipeline
+from qcompiler.pipeline import Instrument, Pass, PassError, Pipeline
 from qcompiler.predicate import Fails
 from qcompiler.state import CompileState, Phase
 from qcompiler.text import format_graph
@@ -57,9 +57,9 @@ def bisect(job: Job, fails: Fails, progress: Callable[[str], None] = lambda _: N
 
     Every pass leaves a model that runs, so each can be tested. A model that ONNX Runtime refuses fails, and so does a pass that
     breaks. The job's state is not changed. Within the pass, a rewrite after the one that breaks the model is taken not to mend
-    it. Raises UserError if the float model itself fails.
+    it. Raises UserError if the float model itself fails, or does not run.
     """
-    trial = _Trial(fails)
+    trial = _Trial(fails, job.guards)
     failure = trial.test(job.state.graph)
     if failure is not None:
         raise UserError(f"the model fails before any pass: {failure}", "--fails")
@@ -136,8 +136,8 @@ def _prepares(state: CompileState, stage: Pass, later: Sequence[Pass]) -> bool:
 class _Trial:
     """Runs passes and tests what they leave; equal models are tested once."""
 
-    def __init__(self, fails: Fails) -> None:
-        self._fails = fails
+    def __init__(self, fails: Fails, guards: Sequence[Instrument]) -> None:
+        self._fails, self._guards = fails, guards
         self._verdicts: dict[bytes, str | None] = {}
 
     def test(self, graph: Graph) -> str | None:
@@ -152,7 +152,7 @@ class _Trial:
         """Run one pass on the state, and test the model. Raises UserError if the pass cannot run there."""
         counter = _Counter()
         try:
-            Pipeline((stage,)).run(state, [counter])
+            Pipeline((stage,)).run(state, [*self._guards, counter])
         except PassError as error:
             return _Outcome(str(error), crashed=True)
         return _Outcome(self.test(state.graph) if test else None, rewrites=counter.count)

@@ -8,9 +8,8 @@ import shlex
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ from qcompiler.errors import UserError
 from qcompiler.ops import Lowering, op_key
 from qcompiler.pipeline import Pass, Pipeline
 from qcompiler.snapshot import Recipe
-from qcompiler.state import CompileState, Feeds, Phase, Refusal
+from qcompiler.state import CompileState, Feeds
 from qcompiler.verify import verify
 
 
@@ -60,8 +59,12 @@ class Runnable(Watcher):
         if isinstance(error, UserError):
             return
         try:
+            first = list(islice(self.samples, 1))
+        except UserError:  # the data is gone, which is not what went wrong
+            return
+        try:
             runner = runtime.session(self.model, optimize=False)
-            for feeds in islice(self.samples, 1):
+            for feeds in first:
                 runtime.run(runner, feeds)
         except (UserError, RuntimeError) as broken:
             what = broken.what if isinstance(broken, UserError) else str(broken)
@@ -130,72 +133,6 @@ class Trace(Watcher):
             self.path.write_text(json.dumps({"traceEvents": self.events, "displayTimeUnit": "ms"}, default=str))
         except OSError as error:
             raise UserError(f"cannot write the trace: {error.strerror}", str(self.path)) from error
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A node that a pass looked at and left. `output`: its first output; `culprit`: what was in the way, "" for no match."""
-
-    node: str
-    op: str
-    output: str
-    reason: str
-    culprit: str
-
-    @property
-    def blame(self) -> str:
-        """The culprit in brackets, unless that is the node itself, or the reason names it."""
-        return (
-            f" ({self.culprit})"
-            if self.culprit not in ("", self.node) and repr(self.culprit) not in self.reason
-            else ""
-        )
-
-
-@dataclass
-class Refusals(Watcher):
-    """Keeps why the passes of these names left nodes as they were; `found` has a list for each run of such a pass."""
-
-    passes: Collection[str]
-    found: list[tuple[str, list[Refused]]] = field(default_factory=list)
-
-    def after(self, stage: Pass, state: CompileState, count: int) -> None:
-        """Keep the refusals of nodes that are still there; the choice of blocks counts as a refusal of the others."""
-        if stage.name not in self.passes:
-            return
-        reasons = dict(state.refusals)
-        if stage.establishes is Phase.ANNOTATED:
-            reasons |= {b.root: Refusal(b.reason, b.root) for b in state.blocks.values() if not b.quantized}
-        nodes = [n for graph in ir.all_graphs(state.graph) for n in graph.nodes if n.name in reasons]
-        self.found.append((stage.name, [_refused(node, reasons[node.name]) for node in nodes]))
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Plain data, ready for JSON."""
-        return [{"pass": name, "refused": [asdict(r) for r in refused]} for name, refused in self.found]
-
-    def lines(self, verbose: bool = False) -> Iterator[str]:
-        """The text of `--why`: nodes that something was in the way of, then, by reason, those that matched nothing.
-
-        `verbose` lists the latter one by one, too.
-        """
-        for name in [name for name in self.passes if name not in dict(self.found)]:
-            yield f"{name}: did not run"
-        told: dict[str, list[Refused]] = {}
-        for name, refused in self.found:
-            if refused and told.get(name) == refused:
-                yield f"{name}: left the same {len(refused)} nodes again"
-                continue
-            told[name] = refused
-            yield f"{name}: left {len(refused)} nodes as they were"
-            single = [r for r in refused if r.culprit or verbose]
-            yield from (f"  {r.node}  {r.op}: {r.reason}{r.blame}" for r in single)
-            grouped = Counter((r.op, r.reason) for r in refused if not r.culprit and not verbose)
-            yield from (f"  {count} x {op}: {reason}" for (op, reason), count in grouped.most_common())
-
-
-def _refused(node: ir.Node, refusal: Refusal) -> Refused:
-    output = node.outputs[0].name if node.outputs else ""
-    return Refused(node.name, op_key(node.op, node.domain), output, refusal.reason, refusal.culprit)
 
 
 @dataclass

@@ -86,14 +86,17 @@ def _number(tree: ast.expr, metrics: Mapping[str, float]) -> float:
 
 
 class Inaccurate:
-    """A model fails if an expression holds on samples, against the float model."""
+    """A model fails if an expression holds on samples, against the float model. Raises UserError if that does not run."""
 
     def __init__(self, expression: Expression, reference: onnx.ModelProto, samples: Sequence[Feeds]) -> None:
         self._expression = expression
         self._samples = samples
-        runner = runtime.session(reference)
+        try:
+            runner = runtime.session(reference)
+            self._wanted = [runtime.run(runner, feeds) for feeds in samples]
+        except RuntimeError as error:
+            raise UserError(str(error), "the float model") from error
         self._names = [o.name for o in runner.get_outputs()]
-        self._wanted = [runtime.run(runner, feeds) for feeds in samples]
 
     def __call__(self, model: onnx.ModelProto) -> str | None:
         """The metrics if the expression holds."""

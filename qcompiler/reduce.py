@@ -89,7 +89,7 @@ class CommandExits:
 
 def _compiled(model: onnx.ModelProto, samples: Sequence[Feeds], options: CompileOptions) -> onnx.ModelProto:
     job = prepare(model, [dict(sample) for sample in samples], options)
-    job.pipeline.run(job.state, [Verify()])
+    job.pipeline.run(job.state, [*job.guards, Verify()])
     return finish(job)
 
 

@@ -13,7 +13,7 @@ import onnx
 from qcompiler import emit, ir, snapshot
 from qcompiler.data import Preprocess, as_source
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Verify
+from qcompiler.instrument import Dump, Runnable, Verify
 from qcompiler.load import input_specs
 from qcompiler.pipeline import Instrument, Pipeline, parse_pipeline
 from qcompiler.plan import Progress
@@ -66,7 +66,8 @@ def resume(
     if data is not None and (found.digest is None or calib is not None):
         data.open()
     state.calibration, state.progress = data, progress
-    watchers = list(instruments)
+    guards: list[Instrument] = [] if data is None else [Runnable(source, data)]
+    watchers = [*guards, *instruments]
     if dump is not None:
         watchers.append(Dump(Path(dump), _recipe(found, data), number=found.done))
     rest.run(state, [*watchers, *([Verify()] if verify else [])])

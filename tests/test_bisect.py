@@ -24,6 +24,9 @@ from tests.support import model_from_text, random_feeds
 
 LAYERS = 6
 
+BROKEN = "g (float[1,4,8,8] x) => (float[N,4,8,8] z) { y = Conv<kernel_shape = [1, 1]>(x, w) z = Relu(y) }"
+"""The weight has the wrong shape, on which passes rely."""
+
 FLIP = '''
 from dataclasses import dataclass
 from typing import ClassVar
@@ -249,3 +252,17 @@ def test_wrong_use_is_the_users_error(
 ) -> None:
     assert command([*arguments, *extra]) == 2
     assert "--fails" in capsys.readouterr().err
+
+
+def broken() -> onnx.ModelProto:
+    return model_from_text(BROKEN, {"w": np.ones(4, np.float32)})
+
+
+def test_a_model_that_does_not_run_is_not_the_fault_of_a_pass() -> None:
+    data = [np.ones((1, 4, 8, 8), np.float32)]
+    prepared = prepare(broken(), data, CompileOptions())
+    with pytest.raises(UserError, match="X num_dims does not match W num_dims"):
+        bisect(prepared, lambda model: None)
+    assert prepared.split is not None
+    with pytest.raises(UserError, match=r"does not run the model.*\(the float model\)"):
+        Inaccurate(Expression("sqnr < 20"), broken(), prepared.split.held_back)

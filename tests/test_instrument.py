@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,12 +16,12 @@ from qcompiler_passes.form_blocks import FormBlocks
 
 from qcompiler import snapshot
 from qcompiler.errors import UserError
-from qcompiler.instrument import Dump, Operators, Refusals, Reproducer, Timing, Trace, Verify
+from qcompiler.instrument import Dump, Operators, Reproducer, Runnable, Timing, Trace, Verify
 from qcompiler.pipeline import Pass, PassError, Pipeline
 from qcompiler.plugin import Registry, load_registry
 from qcompiler.rewrite import Refusal, Rewriter, apply_rules
 from qcompiler.snapshot import Recipe
-from qcompiler.state import Block, CompileState, Phase
+from qcompiler.state import CompileState, Feeds, Phase
 from tests.support import TEST_TARGET, model_from_text, run, state_of
 
 
@@ -152,54 +153,6 @@ class Decline:
         return apply_rules(Rewriter(state), rules)
 
 
-@dataclass(frozen=True)
-class Choose:
-    """Chooses one of two blocks."""
-
-    name: ClassVar[str] = "choose"
-    requires: ClassVar[Phase] = Phase.FLOAT
-    establishes: ClassVar[Phase | None] = Phase.ANNOTATED
-
-    def run(self, state: CompileState) -> int:
-        state.blocks["n0"] = Block("n0", ("n0",), ("t",), reason="its input 'x' is a float tensor")
-        state.blocks["n1"] = Block("n1", ("n1",), ("y",), quantized=True)
-        return 0
-
-
-def test_refusals_of_the_passes_asked_for() -> None:
-    refusals = Refusals(("decline", "relu-to-abs", "choose", "never"))
-    Pipeline((Decline(), Cleanup(), Decline(), ReluToAbs(), Choose())).run(state(), [refusals])
-    assert [
-        (name, [(r.node, r.op, r.output, r.reason, r.culprit) for r in found]) for name, found in refusals.found
-    ] == [
-        ("decline", [("n0", "Neg", "t", "no pattern", ""), ("n1", "Relu", "y", "it clips", "t")]),
-        ("decline", [("n0", "Neg", "t", "no pattern", ""), ("n1", "Relu", "y", "it clips", "t")]),
-        ("relu-to-abs", []),
-        ("choose", [("n0", "Neg", "t", "its input 'x' is a float tensor", "n0")]),
-    ]
-    assert list(refusals.lines()) == [
-        "never: did not run",
-        "decline: left 2 nodes as they were",
-        "  n1  Relu: it clips (t)",
-        "  1 x Neg: no pattern",
-        "decline: left the same 2 nodes again",
-        "relu-to-abs: left 0 nodes as they were",
-        "choose: left 1 nodes as they were",
-        "  n0  Neg: its input 'x' is a float tensor",
-    ]
-    assert "  n0  Neg: no pattern" in refusals.lines(verbose=True)
-
-
-def test_refusals_do_not_outlive_the_node_or_the_pass() -> None:
-    kept = state()
-    Pipeline((Decline(),)).run(kept)
-    assert set(kept.refusals) == {"n0", "n1"}
-    Rewriter(kept).remove(kept.graph.nodes[1])
-    assert set(kept.refusals) == {"n0"}
-    Pipeline((Cleanup(),)).run(kept)
-    assert kept.refusals == {}
-
-
 def test_a_trace_is_a_timeline_even_of_a_run_that_fails(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     with pytest.raises(PassError):
@@ -218,3 +171,14 @@ def test_a_trace_is_a_timeline_even_of_a_run_that_fails(tmp_path: Path) -> None:
 def test_a_trace_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write the trace"):
         Pipeline((Cleanup(),)).run(state(), [Trace(tmp_path / "no" / "trace.json")])
+
+
+def test_data_that_is_gone_does_not_hide_the_error_of_a_pass() -> None:
+    def samples() -> Iterator[Feeds]:
+        raise UserError("the calibration data is no longer there")
+        yield {}
+
+    with pytest.raises(PassError):
+        Pipeline((Break(),)).run(state(), [Runnable(onnx.ModelProto(), samples()), Verify()])
+    with pytest.raises(UserError, match="does not load"):
+        Pipeline((Break(),)).run(state(), [Verify(), Runnable(onnx.ModelProto(), [{}])])

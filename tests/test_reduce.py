@@ -17,6 +17,7 @@ from qcompiler.predicate import Expression
 from qcompiler.reduce import CommandExits, Crashes, Failure, IsInaccurate, reduce, write_samples
 from qcompiler.state import Feeds
 from tests.support import model_from_text, ops_of, run
+from tests.test_bisect import broken
 from tests.test_cli import Run, folder, qcompile  # noqa: F401  (fixtures)
 from tests.test_compile import samples
 
@@ -199,3 +200,7 @@ def test_the_command_writes_all_that_is_needed(qcompile: Run, folder: Path) -> N
     )
     assert qcompile("reduce", "net.onnx")[0] == 2
     assert qcompile("reduce", "net.onnx", "--calib", "calib", "--fails", "sqnr < 1", "--fails-cmd", "x {model}")[0] == 2
+
+
+def test_a_model_that_does_not_run_is_not_the_fault_of_a_pass() -> None:
+    assert Crashes(CompileOptions())(broken(), [{"x": np.ones((1, 4, 8, 8), np.float32)}]) is None

@@ -13,6 +13,7 @@ import pytest
 from qcompiler import compile_model
 from qcompiler.errors import UserError
 from qcompiler.resume import resume
+from tests.test_bisect import broken
 from tests.test_cli import Run, folder, qcompile  # noqa: F401  (fixtures)
 from tests.test_compile import metadata, net, samples
 
@@ -137,3 +138,11 @@ def test_a_dump_can_be_compared_and_loads(tmp_path: Path) -> None:
     model = onnx.load(next(tmp_path.glob("*-insert-qdq.onnx")))
     assert metadata(model)["character"] == "abc"
     assert "qcompiler.tensors" in metadata(model)
+
+
+def test_a_model_that_does_not_run_is_not_the_fault_of_a_pass(tmp_path: Path) -> None:
+    data = tmp_path / "x.npy"
+    np.save(data, np.ones((1, 4, 8, 8), np.float32))
+    compile_model(broken(), data, until="normalize", dump=tmp_path / "d", compare=False)
+    with pytest.raises(UserError, match="X num_dims does not match W num_dims"):
+        resume(tmp_path / "d" / "01-normalize.onnx")

@@ -94,7 +94,8 @@ def command(
 ) -> None:
     """Compile MODEL and write MODEL-stem.int8.onnx."""
     from qcompiler.compile import compile_model  # noqa: PLC0415  (so that --help is quick)
-    from qcompiler.instrument import Refusals, Trace  # noqa: PLC0415
+    from qcompiler.instrument import Trace  # noqa: PLC0415
+    from qcompiler.refusals import Refusals  # noqa: PLC0415
 
     if dump_changed and dump is None:
         raise UserError("say where to write", "--dump-changed needs --dump DIR")
