@@ -97,6 +97,14 @@ def test_means_that_calibrate_noted_serve_as_those_measured_now() -> None:
     assert not noted.means
 
 
+def test_means_of_too_few_samples_are_measured_again() -> None:
+    wanted, state = _calibrated(coarse=16), _calibrated(coarse=16)
+    wanted.means = {}
+    state.means = {name: means[:1] for name, means in state.means.items()}
+    for a, b in zip(_biases(wanted), _biases(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_some_positions_of_a_large_image_stand_for_all() -> None:
     body = "a = Abs(x) y = Conv<pads=[1,1,1,0], strides=[2,2]>(a, w, b)"
     text = f"g (float[1,4,70,45] x) => (float[1,8,35,22] y) {{ {body} }}"

@@ -57,9 +57,10 @@ class CorrectBias:
         layers = [n for n in layers_with_bias(state) if n.name not in state.corrected]
         if not layers:
             return 0
-        exact = _means(state, layers, self.samples)
+        samples = list(islice(state.calibration, self.samples))
+        exact = _means(state, layers, samples)
         _ensure_bias(state, layers)
-        quantized = _QuantizedPrefix(state, layers, list(islice(state.calibration, self.samples)))
+        quantized = _QuantizedPrefix(state, layers, samples)
         rewriter = Rewriter(state)
         for layer, wanted in zip(layers, exact, strict=True):
             if rewriter.exhausted:
@@ -103,16 +104,15 @@ def _shift(wanted: F64, measured: F64, active: F64) -> F64:
     return np.where(share > 0, mean * certainty / np.maximum(share, LEAST_ACTIVE), 0)
 
 
-def _means(state: CompileState, layers: list[Node], samples: int) -> list[F64]:
+def _means(state: CompileState, layers: list[Node], samples: list[Feeds]) -> list[F64]:
     """Per layer, the mean of each channel in float, as calibrate noted it or as measured now: (samples, channels)."""
-    assert state.calibration is not None
-    channels = results(state, layers)
+    channels, count = results(state, layers), len(samples)
     known: Mapping[str, F32] = state.means
-    if not all(c.tensor in known for c in channels):
-        means, source = ChannelMeans(channels, samples), islice(state.calibration, samples)
-        observe(ir.to_proto(state.graph), [c.tensor for c in channels], source, MinMax, means=means)
+    if any(c.tensor not in known or len(known[c.tensor]) < count for c in channels):
+        means = ChannelMeans(channels, count)
+        observe(ir.to_proto(state.graph), [c.tensor for c in channels], samples, MinMax, means=means)
         known = means.finish()
-    return [known[c.tensor][:samples].astype(np.float64) for c in channels]
+    return [known[c.tensor][:count].astype(np.float64) for c in channels]
 
 
 def _quantized_twin(state: CompileState) -> Graph:
