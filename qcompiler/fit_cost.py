@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler import ir, runtime
+from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.cost import UNITS, CostTable, Work
 from qcompiler.job import prepare
 from qcompiler.microbench import Net
 from qcompiler.pipeline import Pipeline
 from qcompiler.plan import CompileOptions
 from qcompiler.runtime import Session
-from qcompiler.work import Accountant, concrete_shapes
+from qcompiler.work import Accountant
 
 Matrix = NDArray[np.float64]
 

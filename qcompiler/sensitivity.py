@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from qcompiler import ir
+from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.cost import shipped_table
 from qcompiler.errors import UserError
 from qcompiler.gates import GatedModel
@@ -23,7 +24,7 @@ from qcompiler.ir import Node
 from qcompiler.perturb import Runner
 from qcompiler.pipeline import Instrument, Pass, Pipeline
 from qcompiler.state import CompileState, Feeds, Phase
-from qcompiler.work import Accountant, concrete_shapes
+from qcompiler.work import Accountant
 
 F64 = NDArray[np.float64]
 

@@ -9,17 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-import onnx
-
-from qcompiler import ir, runtime
+from qcompiler import ir
 from qcompiler.cost import Work, far
-from qcompiler.errors import UserError
 from qcompiler.ir import Node, Tensor
 from qcompiler.ops import Lowering, OpRule, rule_of
 from qcompiler.products import CHANNEL_BLOCK, Shape, product
-from qcompiler.shapes import infer_shapes
 from qcompiler.shift import addend
-from qcompiler.state import Block, CompileState, Feeds
+from qcompiler.state import Block, CompileState
 
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _WRITTEN_OUT = frozenset({"HardSigmoid", "HardSwish"})
@@ -238,51 +234,3 @@ def _kind(node: Node) -> str:
 def _is_last_axis(node: Node) -> bool:
     axis, shape = int(node.attrs.get("axis", -1)), ir.shape(node.outputs[0])
     return axis == -1 or shape is None or axis == len(shape) - 1
-
-
-def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
-    """The shapes of all tensors, dynamic axes as in the first calibration sample; sequences and optionals have none.
-
-    None if some stay unknown, or if the model does not run: calibration says why.
-    """
-    tensors = [t for t in ir.tensors(state.graph) if not isinstance(t.dtype, onnx.TypeProto)]
-    shapes = {t.name: shape for t in tensors if (shape := ir.static_shape(t)) is not None}
-    unknown = [t for t in tensors if t.name not in shapes]
-    if unknown:
-        sample = None if state.calibration is None else next(iter(state.calibration), None)
-        found = None if sample is None else _inferred(state, unknown, sample) or _shapes_in(state, unknown, sample)
-        if found is None:
-            return None
-        shapes |= found
-    return shapes
-
-
-def _inferred(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
-    """What follows from the shapes of the sample without running the model; None if that is not all."""
-    graph = state.graph.copy()
-    for tensor in graph.inputs:
-        tensor.shape = list(sample[tensor.name].shape)
-    infer_shapes(graph)
-    known = {t.name: ir.static_shape(t) for t in ir.tensors(graph)}
-    found = {t.name: shape for t in tensors if (shape := known.get(t.name)) is not None}
-    return found if len(found) == len(tensors) else None
-
-
-def _shapes_in(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
-    model = ir.submodel(state.graph.inputs, tensors, state.graph.opset)
-    _reduce_to_shapes(model)
-    try:
-        session = runtime.session(model, optimize=False, low_memory=True, consume=True)
-        found = runtime.run(session, {t.name: sample[t.name] for t in state.graph.inputs})
-    except (UserError, RuntimeError):
-        return None
-    return {t.name: tuple(int(d) for d in dims) for t, dims in zip(tensors, found, strict=True)}
-
-
-def _reduce_to_shapes(model: onnx.ModelProto) -> None:
-    """Replace the outputs by their shapes, so that no activation outlives its last reader."""
-    names = [f"qcompiler.shape.{i}" for i in range(len(model.graph.output))]
-    given = zip(model.graph.output, names, strict=True)
-    model.graph.node.extend(onnx.helper.make_node("Shape", [value.name], [name]) for value, name in given)
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in names)

@@ -8,11 +8,12 @@ import pytest
 from qcompiler_passes.form_blocks import FormBlocks
 
 from qcompiler import fit_cost, runtime
+from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.cost import NEAR, CostTable, Work, far, read_table, shipped_table
 from qcompiler.errors import UserError
 from qcompiler.microbench import Net
 from qcompiler.networks import networks
-from qcompiler.work import Accountant, concrete_shapes
+from qcompiler.work import Accountant
 from tests.forms import graph_text, weights
 from tests.support import model_from_text, state_of
 

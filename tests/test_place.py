@@ -9,6 +9,7 @@ from qcompiler_passes.place import Place
 
 from qcompiler import runtime
 from qcompiler.compile import compile_model
+from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.cost import CostTable, read_table
 from qcompiler.errors import UserError
 from qcompiler.job import prepare
@@ -16,7 +17,7 @@ from qcompiler.microbench import Net
 from qcompiler.plan import CompileOptions
 from qcompiler.state import CompileState
 from qcompiler.traps import find_traps
-from qcompiler.work import Accountant, concrete_shapes
+from qcompiler.work import Accountant
 
 CHEAP = {"run": {"nodes": 1e5}, "quantize.map": {"reads": 1.0}, "dequantize.map": {"reads": 1.0}}
 

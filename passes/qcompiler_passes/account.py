@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.state import CompileState, Phase
-from qcompiler.work import Accountant, concrete_shapes
+from qcompiler.work import Accountant
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.expand_activations import ExpandActivations
 from qcompiler_passes.expand_operators import ExpandOperators

@@ -8,25 +8,20 @@ but its own, so that a second run starts where the first one stopped and finds n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
-from qcompiler import ir
 from qcompiler.detached import exceeds
-from qcompiler.ir import Graph, Tensor
-from qcompiler.ops import Lowering, op_key
 from qcompiler.quant import F32
-from qcompiler.relay import relay
 from qcompiler.rewrite import Refusal, Rewriter
-from qcompiler.runtime import run_all
 from qcompiler.state import CompileState, Feeds
 from qcompiler_passes.channel_rules import RULES
 from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
 from qcompiler_passes.linear import Linear
+from qcompiler_passes.observed_channels import Observed, observed_channels
 
 _LIMIT = 16.0
 """How much smaller than the largest of its group a channel counts at least: what seldom active ones hold is poorly known."""
@@ -37,17 +32,6 @@ _LEAST_GAIN = 1.41
 _BALANCED = Refusal("no factors would lower the estimated noise by 1.5 decibels")
 
 _STEPS = 255
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A tensor that will be quantized: the variables of its channels and what these hold, shape (channels,) each."""
-
-    name: str
-    roots: Ids
-    low: Factors
-    high: Factors
-    power: Factors
 
 
 @dataclass(frozen=True)
@@ -162,7 +146,7 @@ def _settle(group: Group, alpha: float, beta: float) -> Factors | None:
 
 def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Group]:
     """What the samples show, in the order of the graph."""
-    observed = _observe(state, channels, samples) if samples else []
+    observed = observed_channels(state, channels, samples) if samples else []
     count = len(channels.parents)
     power, gain, columns = np.zeros(count), np.zeros(count), np.zeros(count)
     for tensor in observed:
@@ -244,60 +228,3 @@ def _leaders(observed: list[Observed], count: int) -> Ids:
         for other in others:
             parents[leader(other)] = leader(first)
     return np.array([leader(variable) for variable in range(count)])
-
-
-def _observe(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Observed]:
-    copy = ir.from_proto(ir.to_proto(state.graph))
-    known = {t.name: t for t in ir.tensors(copy)}
-    taps = {name: ids for name, ids in _quantized(state, channels).items() if ir.shape(known[name]) is not None}
-    copy.outputs = [tap for name, ids in taps.items() for tap in _taps(copy, known[name], ids)]
-    if not taps:
-        return []
-    ir.drop_dead_nodes(copy)
-    rows = run_all(relay(ir.to_proto(copy)), samples)
-    columns = [
-        np.stack([value.reshape(-1) for value in column]).astype(np.float64) for column in zip(*rows, strict=True)
-    ]
-    return [
-        Observed(
-            name,
-            channels.roots(ids).reshape(-1),
-            np.minimum(columns[3 * i].min(axis=0), 0),
-            np.maximum(columns[3 * i + 1].max(axis=0), 0),
-            columns[3 * i + 2].mean(axis=0),
-        )
-        for i, (name, ids) in enumerate(taps.items())
-    ]
-
-
-def _quantized(state: CompileState, channels: Channels) -> Mapping[str, Ids]:
-    """The tensors with free variables that get a scale of their own: no moved ones, none before an absorbed activation."""
-    rewriter = Rewriter(state)
-    found = {}
-    for node in state.graph.nodes:
-        rule = state.ops.get(op_key(node.op, node.domain))
-        if rule is not None and rule.lowering is Lowering.MOVE:
-            continue
-        for tensor in node.outputs:
-            reader = rewriter.only_user(tensor)
-            if not channels.is_fixed(channels.of(tensor)) and (reader is None or reader.op != "Relu"):
-                found[tensor.name] = channels.of(tensor)
-    return found
-
-
-def _taps(graph: Graph, tensor: Tensor, ids: Ids) -> list[Tensor]:
-    """Per channel: the least and the greatest value, and the mean square."""
-    rank = len(ir.shape(tensor) or ())
-    axes = [i for i in range(rank) if i < rank - ids.ndim or ids.shape[i - rank] == 1]
-    square = _append(graph, "Mul", [tensor, tensor])
-    wanted = (("ReduceMin", tensor), ("ReduceMax", tensor), ("ReduceMean", square))
-    if graph.opset < 18:
-        return [_append(graph, op, [source], axes=axes, keepdims=0) for op, source in wanted]
-    over = ir.Constant(f"{tensor.name}_tap_axes", np.asarray(axes, np.int64))
-    return [_append(graph, op, [source, over], keepdims=0) for op, source in wanted]
-
-
-def _append(graph: Graph, op: str, inputs: list[Tensor], **attrs: Any) -> Tensor:
-    name = f"{inputs[0].name}_tap_{op}"
-    graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(np.float32))]))
-    return graph.nodes[-1].outputs[0]

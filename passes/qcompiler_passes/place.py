@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qcompiler import ir
+from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.cost import CostTable, read_table, shipped_table
 from qcompiler.errors import UserError
 from qcompiler.ir import Tensor
 from qcompiler.state import CompileState, Phase
-from qcompiler.work import Accountant, concrete_shapes
+from qcompiler.work import Accountant
 from qcompiler_passes.annotate import annotate
 from qcompiler_passes.minimum_cut import Edge, source_side
 
