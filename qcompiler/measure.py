@@ -105,13 +105,15 @@ def compare(before: Session, after: Session, samples: Sequence[Feeds]) -> list[O
     """
     names = [output.name for output in before.get_outputs()]
     totals = [_Total() for _ in names]
-    for feeds in samples:
+    for start in range(0, len(samples), runtime.WORKERS):  # not all at once, because outputs may be large
+        some = samples[start : start + runtime.WORKERS]
         try:
-            expected = runtime.run(before, feeds)
+            expected = runtime.run_all(before, some)
         except RuntimeError as error:
             raise UserError(str(error), "calibration data") from error
-        for total, x, y in zip(totals, expected, runtime.run(after, feeds), strict=True):
-            total.add(x, y)
+        for wanted, given in zip(expected, runtime.run_all(after, some), strict=True):
+            for total, x, y in zip(totals, wanted, given, strict=True):
+                total.add(x, y)
     return [total.match(name) for name, total in zip(names, totals, strict=True)]
 
 
