@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.integer_layers import MOST_CHANNELS
 from qcompiler.ir import Node
+
+LARGEST_SUM = 2**30
+"""What sums of products may reach: half of the accumulator, of which the bias may take the other half."""
+
+_LARGEST_PRODUCT = 255 * 127
+
+
+def sums_fit(weight: NDArray[Any], axis: int) -> str | None:
+    """The sums of a channel on `axis` must fit into int32, with any inputs, and scales at least half of what the range asks."""
+    terms = weight.size // max(weight.shape[axis], 1)
+    if terms * _LARGEST_PRODUCT <= LARGEST_SUM:
+        return None
+    magnitudes = np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64))
+    largest = np.maximum(magnitudes.max(axis=1, initial=0), np.finfo(np.float64).tiny)
+    weights = float((2 * magnitudes.sum(axis=1) / largest).max(initial=0))
+    fit = min(weights, terms) * _LARGEST_PRODUCT <= LARGEST_SUM
+    return None if fit else f"its sums of {terms} products may overflow int32"
+
+
+def conv(node: Node) -> str | None:
+    """Weight and bias must be constants, and sums small."""
+    return constant_weight(node) or sums_fit(ir.array(node.inputs[1]), 0)
 
 
 def constant_weight(node: Node) -> str | None:
@@ -18,15 +44,15 @@ def constant_weight(node: Node) -> str | None:
 
 
 def matmul(node: Node) -> str | None:
-    """The weight must be a constant matrix."""
+    """The weight must be a constant matrix, and sums small."""
     weight = ir.value(node.inputs[1])
     if weight is not None and weight.ndim != 2:
         return f"the weight has {weight.ndim} dimensions; integer kernels take 2"
-    return "both factors are activations" if weight is None else None
+    return "both factors are activations" if weight is None else sums_fit(weight, 1)
 
 
 def gemm(node: Node) -> str | None:
-    """Attributes must have their defaults, and the bias be a vector."""
+    """Attributes must have their defaults, the bias be a vector, and sums small."""
     plain = all(node.attrs.get(k, d) == d for k, d in (("alpha", 1.0), ("beta", 1.0), ("transA", 0), ("transB", 0)))
     if not plain:
         return "alpha, beta, transA or transB are not folded away"
@@ -34,7 +60,7 @@ def gemm(node: Node) -> str | None:
     values = None if bias is None else ir.value(bias)
     if values is not None and values.ndim > 1 and values.size != values.shape[-1]:
         return "the bias is a matrix"
-    return constant_weight(node)
+    return constant_weight(node) or sums_fit(ir.array(node.inputs[1]), 1)
 
 
 def nearest(node: Node) -> str | None:

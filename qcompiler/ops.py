@@ -195,7 +195,7 @@ _FLOATS = [
 OPS: dict[str, OpRule] = {
     op_key(rule.op, rule.domain): rule
     for rule in (
-        OpRule("Conv", _MAC, Result.OWN, Lowering.MAC, weight_axis=0, anchor=True, refuse=op_checks.constant_weight),
+        OpRule("Conv", _MAC, Result.OWN, Lowering.MAC, weight_axis=0, anchor=True, refuse=op_checks.conv),
         OpRule("Gemm", _MAC, Result.OWN, Lowering.MAC, weight_axis=1, anchor=True, refuse=op_checks.gemm),
         OpRule(
             "MatMul",

@@ -29,6 +29,9 @@ CONSTANTS = {
     "rows": weights(3, 4),
     "flat": [1, 16],
     "three": [3, 16],
+    "much": [64, 1, 16, 4],
+    "long": [1, 65536],
+    "ones": np.ones((65536, 1), np.float32),
 }
 
 
@@ -56,6 +59,7 @@ def reasons(state: CompileState) -> dict[str, str]:
         ("v = Shape(x) s = ConstantOfShape(v) y = Conv(x, s)", "the weight is not a constant"),
         ("f = Flatten(x) y = Gemm<alpha=0.5>(f, w2)", "alpha, beta, transA or transB are not folded away"),
         ("f = Flatten(x) y = Gemm<transA=1>(f, matrix)", "alpha, beta, transA or transB are not folded away"),
+        ("f = Tile(x, much) g = Reshape(f, long) y = MatMul(g, ones)", "its sums of 65536 products may overflow int32"),
         ("c = Conv(x, w) y = Softmax(c)", "its uint8 kernel is slower than float, or there is none"),
         ("c = Conv(x, w) y = Sigmoid(c)", "nothing quantized reads its result"),
         ("s = Sigmoid(x) y = Conv(s, w)", "its input 'x' is a float tensor"),

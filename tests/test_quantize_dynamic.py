@@ -169,3 +169,13 @@ def test_gru_stays_float_and_says_why() -> None:
     _, after, state = compiled(text, w=floats(1, 12, 8), r=floats(1, 12, 4))
     assert ops_of(after) == ["GRU"]
     assert [block.reason for block in state.blocks.values()] == ["ONNX Runtime has no GRU that quantizes what it reads"]
+
+
+@pytest.mark.parametrize(("ends", "quantized"), [(0, False), (1, True)])
+def test_sums_that_may_overflow_stay_float(ends: int, quantized: bool) -> None:
+    """They cannot where a few large weights make the others small integers."""
+    w = np.ones((65536, 2), np.float32)
+    w[:ends] = 100
+    _, after, state = compiled("g (float[1,65536] x) => (float[] y) { y = MatMul(x, w) }", w=w)
+    assert ("DynamicQuantizeMatMul" in ops_of(after)) == quantized
+    assert quantized or state.blocks["MatMul_y"].reason == "its sums of 65536 products may overflow int32"

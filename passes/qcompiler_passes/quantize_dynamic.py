@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor, Variable
+from qcompiler.op_checks import sums_fit
 from qcompiler.quant import F32, QuantSpec
 from qcompiler.rewrite import Refusal, Rewriter, Rule
 from qcompiler.state import CompileState, Phase
@@ -61,6 +62,8 @@ def _product(least: int, rewriter: Rewriter, node: Node) -> Refusal | None:
     refusal = linear if isinstance(linear, Refusal) else missing_kernel(rewriter.state, _PRODUCT)
     if refusal is not None or isinstance(linear, Refusal):
         return refusal
+    if overflow := sums_fit(linear.raw.T if node.attrs.get("transB") else linear.raw, 1):
+        return Refusal(overflow, node.inputs[1].name)
     spec, per_channel = rewriter.state.target.weight, rewriter.state.target.per_channel
     integers, scales = _quantized(linear.weight[0, :, :, 0].astype(np.float32), spec, 1 if per_channel else (0, 1))
     bias, result, nodes = take_bias(rewriter, linear)
