@@ -32,3 +32,28 @@ def test_a_quantized_gemm_is_not_fused_with_a_relu() -> None:
         feeds = random_feeds(model, seed)
         both = (run(session(m), feeds)[0] for m in (guarded, ir.to_proto(kernels.graph)))
         np.testing.assert_array_equal(*both)
+
+
+def test_a_transpose_whose_result_a_body_reads_is_kept_apart() -> None:
+    """ONNX Runtime would move the DQ behind the Transpose and abort at the If, which has no input for it."""
+    branches = (
+        "<then_branch = t () => (float[] a) { [t] a = Relu(m) }, else_branch = e () => (float[] b) { [e] b = Neg(m) }>"
+    )
+    text = (
+        "g (float[1,8,4,4] x) => (float[] y) { n = Conv(x, v) m = Transpose<perm=[0,2,3,1]>(n) "
+        f"s = ReduceSum<keepdims=0>(x) c = Greater(s, zero) y = If(c) {branches} }}"
+    )
+    model = graph_text(text, v=weights(8, 8, 1, 1), zero=0.0)
+    guarded = compiled(model, *TO_QDQ)
+    moved = next(n for n in guarded.graph.nodes if n.op == "Transpose")
+    assert ir.producer(moved.inputs[0]).op == "DequantizeLinear"
+    plain, guard = ir.to_proto(guarded.graph), GuardFloat()
+    assert guard.run(guarded) == 1
+    assert guard.run(guarded) == 0
+    assert ir.producer(moved.inputs[0]).op == "Max"
+    one, other = ir.to_proto(guarded.graph), ir.to_proto(compiled(model, *TO_KERNELS, GuardFloat()).graph)
+    for seed in range(4):
+        feeds = random_feeds(model, seed)
+        both = (run(session(m, optimize=False), feeds)[0] for m in (plain, one))
+        np.testing.assert_array_equal(*both)
+        np.testing.assert_array_equal(*(run(session(m), feeds)[0] for m in (one, other)))

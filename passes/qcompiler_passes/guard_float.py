@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from qcompiler import ir
 from qcompiler.ir import Node, Tensor
-from qcompiler.rewrite import Refusal, Rewriter, apply_rules
+from qcompiler.ops import Lowering, rule_of
+from qcompiler.rewrite import Refusal, Rewriter, Rule, apply_rules
 from qcompiler.state import CompileState, Phase
 
 
@@ -20,7 +22,8 @@ class GuardFloat:
     Between a DQ with a single scale and a Q it quantizes the weights of a float Conv, ConvTranspose or Gemm, per tensor; and it
     moves such a Q before a MaxPool, such a DQ behind it, where the kernel for integers may be many times slower. A Max with the
     lowest float keeps it from fusing a quantized Gemm that has a float result with the Relu behind it, which would dequantize the
-    weights at every inference. The function stays the same to the bit.
+    weights at every inference, and from moving a DQ behind an operator whose result the body of an If, Loop or Scan reads, at
+    which it crashes. The function stays the same to the bit.
     """
 
     name: ClassVar[str] = "guard-float"
@@ -28,8 +31,12 @@ class GuardFloat:
     establishes: ClassVar[Phase | None] = None
 
     def run(self, state: CompileState) -> int:
-        """Return the number of Q and DQ that were changed, and of Gemm that were kept apart."""
-        rules = {"QuantizeLinear": _quantize, "DequantizeLinear": _dequantize, "Gemm": _keep_apart}
+        """Return the number of Q and DQ that were changed, and of DQ and Gemm that were kept apart."""
+        rules: dict[str, Rule | Sequence[Rule]] = {
+            "QuantizeLinear": _quantize,
+            "DequantizeLinear": (_dequantize, _free_bodies),
+            "Gemm": _gemm,
+        }
         return apply_rules(Rewriter(state), rules)
 
 
@@ -60,19 +67,44 @@ def _dequantize(rewriter: Rewriter, node: Node) -> Refusal | None:
     return refusal
 
 
-def _keep_apart(rewriter: Rewriter, node: Node) -> Refusal | None:
+def _free_bodies(rewriter: Rewriter, node: Node) -> Refusal | None:
+    if ir.is_constant(node.inputs[0]) or ir.array(node.inputs[1]).size != 1:
+        return Refusal("ONNX Runtime does not move it")
+    own = {id(n) for n in rewriter.graph.nodes}
+    movers = [user for user in rewriter.users(node.outputs[0]) if _moves_into_body(rewriter, user, own)]
+    if not movers:
+        return Refusal("no body of an operator reads what it gives, moved")
+    _keep_apart(rewriter, node, movers)
+    return None
+
+
+def _moves_into_body(rewriter: Rewriter, node: Node, own: set[int]) -> bool:
+    """Whether a node of the graph only moves values, and a body reads them, perhaps moved by others."""
+    rule = rule_of(rewriter.state.ops, node)
+    if id(node) not in own or rule is None or rule.lowering is not Lowering.MOVE:
+        return False
+    users = [user for result in node.outputs for user in rewriter.users(result)]
+    return any(id(user) not in own or _moves_into_body(rewriter, user, own) for user in users)
+
+
+def _gemm(rewriter: Rewriter, node: Node) -> Refusal | None:
     weight = ir.producer(node.inputs[1])
     if weight is None or weight.op != "DequantizeLinear":
         return Refusal("it is not quantized")
     user = rewriter.only_user(node.outputs[0])
     if user is None or user.op != "Relu":
         return Refusal("ONNX Runtime does not fuse it with what follows", "" if user is None else user.name)
+    _keep_apart(rewriter, node, [user])
+    return None
+
+
+def _keep_apart(rewriter: Rewriter, node: Node, users: list[Node]) -> None:
+    """Put a Max that changes no value between a node and some of those that read its result."""
     raw = node.outputs[0]
     lowest = rewriter.constant(f"{raw.name}_lowest", np.full((), np.finfo(np.float32).min, np.float32))
     apart = rewriter.node("Max", [raw, lowest], origin=node)
     apart.outputs[0].dtype, apart.outputs[0].shape = raw.dtype, raw.shape
-    rewriter.replace_uses(raw, apart.outputs[0], [user])
-    return None
+    rewriter.replace_uses(raw, apart.outputs[0], users)
 
 
 def _is_quantized(rewriter: Rewriter, node: Node) -> bool:
