@@ -26,7 +26,7 @@ from qcompiler.errors import UserError
 from qcompiler.images import PRESETS, SUFFIXES, ImageReader, ImageRecord, Preprocess
 from qcompiler.samples import Array, Batch, Cuts, InputSpec, Sample, batch_of, convert, cut, join, reading
 
-__all__ = ["PRESETS", "InputSpec", "Preprocess", "Source", "as_source", "open_source"]
+__all__ = ["PRESETS", "InputSpec", "Preprocess", "Source", "as_source", "is_sample", "open_source"]
 
 _KINDS = {".npy": "arrays", ".npz": "arrays", ".pb": "tensors"} | dict.fromkeys(SUFFIXES, "images")
 READERS = 2
@@ -261,6 +261,13 @@ def _usable_files(path: Path) -> list[Path]:
         if not file.is_file():
             raise UserError("not a readable file", str(file))
     return files
+
+
+def is_sample(file: Path, samples: Path) -> bool:
+    """Whether an existing file may be one of those that are read for calibration data in a file or folder."""
+    if samples.is_dir():
+        return file.suffix.lower() in _KINDS and file.resolve().is_relative_to(samples.resolve())
+    return samples.exists() and file.samefile(samples)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from qcompiler import __version__, detached, ir, runtime, supervise
+from qcompiler.data import is_sample
 from qcompiler.errors import UserError
 from qcompiler.external import data_files
 from qcompiler.load import check_structure
@@ -98,17 +99,20 @@ def _signature(value: onnx.ValueInfoProto) -> tuple[str, int]:
     return value.name, value.type.tensor_type.elem_type
 
 
-def check_path(path: Path, source: Path | None) -> None:
-    """Refuse, before the work begins, a path that cannot be written or that is the input."""
+def check_path(path: Path, source: Path | None, samples: Path | None = None) -> None:
+    """Refuse, before the work begins, a path that cannot be written, that is a device, which the model would replace, or that
+    is the input: a model, its data, `samples`.
+    """
     where = str(path)
     try:
         if path.is_dir():
             raise UserError("the output is a folder; give a file name", where)
-        if source is not None and path.exists() and path.samefile(source):
-            raise UserError("the output would overwrite the input model", where)
-        data = path.with_name(f"{path.name}.data")
-        if source is not None and data.exists() and any(data.samefile(f) for f in data_files(source) if f.exists()):
-            raise UserError("the output would overwrite the data of the input model", str(data))
+        if path.exists() and not path.is_file():
+            raise UserError("the output is a device or a pipe; give a file name", where)
+        if source is not None:
+            _refuse_overwriting(path, source)
+        if samples is not None and path.exists() and is_sample(path, samples):
+            raise UserError("the output would overwrite calibration data", where)
         folder = next(p for p in path.absolute().parents if p.exists())
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder", where)
@@ -116,6 +120,14 @@ def check_path(path: Path, source: Path | None) -> None:
             raise UserError(f"no permission to write in {folder}", where)
     except OSError as error:
         raise UserError(f"cannot write there: {error.strerror}", where) from error
+
+
+def _refuse_overwriting(path: Path, source: Path) -> None:
+    if path.exists() and source.exists() and path.samefile(source):
+        raise UserError("the output would overwrite the input model", str(path))
+    for place in (path, path.with_name(f"{path.name}.data")):
+        if place.exists() and any(place.samefile(file) for file in data_files(source) if file.exists()):
+            raise UserError("the output would overwrite the data of the input model", str(place))
 
 
 def write(model: onnx.ModelProto, path: Path, limit: int | None = None) -> None:

@@ -131,7 +131,7 @@ def _external_file(model: Path, location: str, where: str) -> Path:
         if not inside or file == folder:
             raise UserError(f"its external data {location!r} is not a file in the model's folder", where)
         status = file.stat()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last for links that lead to themselves, in Python up to 3.12
         raise UserError(f"its external data {location!r} cannot be read", where) from None
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise UserError(f"its external data {location!r} is not a regular file of its own", where)

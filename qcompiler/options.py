@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,6 +63,8 @@ def _limit_memory(ctx: click.Context, param: click.Parameter, text: str | None) 
 
 def _limit_time(ctx: click.Context, param: click.Parameter, seconds: float | None) -> None:
     if seconds is not None:
+        if not math.isfinite(seconds):
+            raise click.BadParameter(f"{seconds} is not a number of seconds")
         supervise.limit(seconds=seconds)
 
 

@@ -205,6 +205,7 @@ def test_help_and_version(qcompile: Run) -> None:
         ["net.onnx", "--samples", "0"],
         ["net.onnx", "--mean", "a,b"],
         ["net.onnx", "--crop", "1x2x3"],
+        ["net.onnx", "--time-limit", "nan"],
     ],
 )
 def test_usage_errors(qcompile: Run, arguments: list[str]) -> None:
@@ -224,6 +225,19 @@ def test_usage_errors(qcompile: Run, arguments: list[str]) -> None:
             ["net.onnx", "--calib", "calib", "-o", "net.onnx"],
             "error: the output would overwrite the input model (net.onnx)",
         ),
+        (
+            ["net.onnx", "--calib", "calib", "-o", "calib/0.npy"],
+            "error: the output would overwrite calibration data (calib/0.npy)",
+        ),
+        (
+            ["net.onnx", "--calib", "calib", "--trace", "net.onnx"],
+            "error: the output would overwrite the input model (net.onnx)",
+        ),
+        (
+            ["net.onnx", "--calib", "calib", "--trace", "net.int8.onnx"],
+            "error: two results would be written to one file (net.int8.onnx)",
+        ),
+        (["net.onnx", "--calib", "calib", "--min-sqnr", "inf"], "error: inf is no goal; give a number (--min-sqnr)"),
         (["net.onnx", "--calib", "calib", "-o", "calib"], "error: the output is a folder; give a file name (calib)"),
         (["net.onnx", "--calib", "calib", "--preset", "x"], "error: no preset is called 'x'; known: "),
         (["net.onnx", "--calib", "calib", "--until", "x"], "error: no pass or phase 'x' in the pipeline; passes: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,28 @@ def test_paths_that_cannot_be_written_are_refused_early(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             emit.check_path(path, source)
+    with pytest.raises(UserError, match="is a device or a pipe"):
+        emit.check_path(Path(os.devnull), source)
     emit.check_path(tmp_path / "new" / "out.onnx", source)
     assert not (tmp_path / "new").exists()
+
+
+def test_data_of_the_input_is_not_overwritten(tmp_path: Path) -> None:
+    source, data = tmp_path / "in.onnx", tmp_path / "in.data"
+    onnx.save_model(model(), source, save_as_external_data=True, location=data.name, size_threshold=0)
+    (tmp_path / "calib").mkdir()
+    sample, other = tmp_path / "calib" / "0.npy", tmp_path / "calib" / "out.onnx"
+    for path in (sample, other):
+        path.write_bytes(b"old")
+    link = tmp_path / "link.onnx"
+    link.symlink_to(data)
+    for path in (data, link, tmp_path / "in"):
+        with pytest.raises(UserError, match="the output would overwrite the data of the input model"):
+            emit.check_path(path, source)
+    for samples in (sample, sample.parent):
+        with pytest.raises(UserError, match="the output would overwrite calibration data"):
+            emit.check_path(sample, source, samples)
+    emit.check_path(other, source, sample.parent)
 
 
 def test_a_wrong_result_is_caught() -> None:

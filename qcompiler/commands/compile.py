@@ -102,6 +102,7 @@ def command(
     calib, images = options.pop("calib"), preprocess(options)
     refusals = Refusals(_known_passes(why, options["load"])) if why else None
     output = model.with_name(f"{model.stem}.int8.onnx") if output is None else output
+    _check_places(model, calib, output, [path for path in (report, trace) if path is not None])
     recorder = None
     if report is not None:
         from qcompiler.html_report import recorder_for, write_report  # noqa: PLC0415
@@ -137,6 +138,18 @@ def command(
             click.echo("\n".join(refusals.lines(verbose)))
     except BrokenPipeError:  # whoever read the summary has gone; the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_places(model: Path, calib: Path | None, output: Path, others: list[Path]) -> None:
+    """Refuse files besides the output that would overwrite it, each other, or the input."""
+    from qcompiler.emit import check_path  # noqa: PLC0415  (so that --help is quick)
+
+    taken = {output.absolute()}
+    for path in others:
+        if path.absolute() in taken:
+            raise UserError("two results would be written to one file", str(path))
+        taken.add(path.absolute())
+        check_path(path, model, calib)
 
 
 def _reproducer(output: Path) -> Path:
