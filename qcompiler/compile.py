@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +25,6 @@ from qcompiler.plan import CompileOptions
 from qcompiler.report import Layer, Reached, Report, layers_of
 from qcompiler.split import Split
 from qcompiler.state import Feeds
-
-MOST_RESCUED = 1 / 3
-"""The share of layers that are left in float, unasked, where the outputs would be far from the float model's."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,11 @@ def compile_model(
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
     verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples
-    that are held back from calibration; where outputs are below 10 dB leave layers in float, or warn if a third of the layers is
-    not enough; without `timed` measure no speed. dump: a folder
-    for a snapshot after every pass, or with dump_changed after those that changed something. reproduce: a new folder for
-    what reproduces the crash of a pass. instruments: what else watches the passes. eval: labelled data or a function that
-    judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and cheapest layers in float that it takes for
-    so many dB at every output, or to lose no more of the metric.
+    that are held back from calibration; where outputs are below 10 dB leave layers in float, or warn if that does not help;
+    without `timed` measure no speed. dump: a folder for a snapshot after every pass, or with dump_changed after those that
+    changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
+    passes. eval: labelled data or a function that judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and
+    cheapest layers in float that it takes for so many dB at every output, or to lose no more of the metric.
 
     options: the fields of `CompileOptions`: emit: `kernels` (fast), `integer` or `qdq`; all three compute the same. level: 0
     (fast to compile) to 3 (most accurate). mode: another pipeline than those, such as `dynamic`; see docs/modes.md. bits: of
@@ -78,7 +75,7 @@ def compile_model(
     """
     target_path = None if output is None else Path(output)
     if target_path is not None:
-        emitter.check_path(target_path, None if isinstance(model, onnx.ModelProto) else Path(model))
+        emitter.check_path(target_path, _path(model), _path(calib))
     choices, goal = CompileOptions(**options), Goal(min_sqnr, max_drop)
     if goal and choices.mode not in (None, STATIC):
         raise UserError(f"mode {choices.mode} cannot be tuned to a goal", "--min-sqnr, --max-drop")
@@ -93,7 +90,7 @@ def compile_model(
     if compare:
         _compare(report, job, compiled, timed)
     if compare and report.warnings and not goal and job.split is not None and choices.mode in (None, STATIC):
-        reached = _few_to_keep(prepare(model, calib, choices))
+        reached = _rescue(prepare(model, calib, choices))
         if reached is not None:
             choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
             job = prepare(model, calib, choices)
@@ -106,6 +103,10 @@ def compile_model(
     if target_path is not None:
         emitter.write(compiled, target_path)
     return CompileResult(compiled, report, target_path)
+
+
+def _path(given: Any) -> Path | None:
+    return Path(given) if isinstance(given, str | os.PathLike) else None
 
 
 @dataclass(frozen=True)
@@ -165,24 +166,30 @@ def _compare(report: Report, job: Job, compiled: onnx.ModelProto, timed: bool) -
         measure(report, job.float_model, compiled, samples, timed)
 
 
-def _keep_for(goal: Goal, job: Job, judged: Judge | None) -> Reached:
-    """The layers that have to stay float for a goal, found on copies of the job's state."""
+def _keep_for(goal: Goal, job: Job, judged: Judge | None, seen: int = 0) -> Reached:
+    """The layers that have to stay float for a goal, found on copies of the job's state.
+
+    seen: of the held-back samples that tell whether a choice will do, how many also tell how sensitive the layers are.
+    """
     if goal.max_drop is not None and judged is None:
         raise UserError("it needs --eval, to tell what a model loses", "--max-drop")
     if job.split is None:
         raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
-    probes = job.split.spread(PROBES)
+    probes = [*job.split.spread(PROBES), *job.split.held_back[:seen]]
     figures = figures_of(job.float_model, job.split.held_back, judged if goal.max_drop is not None else None)
     return reach(Trials(job.state, job.pipeline, probes, figures, job.guards), goal)
 
 
-def _few_to_keep(job: Job) -> Reached | None:
-    """The layers that have to stay float for outputs near the float model's, if that is possible and these are few."""
+def _rescue(job: Job) -> Reached | None:
+    """The layers that have to stay float for outputs near the float model's; None if no choice does it that quantizes anything.
+
+    Outputs may be far off because held-back samples go beyond what calibrated, which those that calibrated do not show.
+    """
     try:
-        reached = _keep_for(Goal(min_sqnr=SQNR_FLOOR), job, None)
+        reached = _keep_for(Goal(min_sqnr=SQNR_FLOOR), job, None, seen=PROBES)
     except UserError:
         return None
-    return reached if 0 < len(reached.reasons) <= MOST_RESCUED * reached.layers else None
+    return reached if reached.reasons else None
 
 
 def _describe_samples(report: Report, split: Split) -> None:

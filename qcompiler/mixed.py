@@ -43,10 +43,18 @@ NEAR = 0.25
 
 @dataclass(frozen=True)
 class Goal:
-    """What to reach. `min_sqnr`: in dB, for every output; `max_drop`: what a metric may lose, see `Judge.drop`."""
+    """What to reach. `min_sqnr`: in dB, for every output; `max_drop`: what a metric may lose, see `Judge.drop`.
+
+    Raises UserError for a number that is not finite.
+    """
 
     min_sqnr: float | None = None
     max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for number, option in ((self.min_sqnr, "--min-sqnr"), (self.max_drop, "--max-drop")):
+            if number is not None and not math.isfinite(number):
+                raise UserError(f"{number} is no goal; give a number", option)
 
     def __str__(self) -> str:
         parts = [] if self.min_sqnr is None else [f"reach {self.min_sqnr:g} dB"]
