@@ -137,7 +137,7 @@ class Source:
         for sample in self._samples():
             for name, array in sample.items():
                 digest.update(repr((name, array.dtype.str, array.shape)).encode())
-                digest.update(array.data if array.size else b"")
+                digest.update(_bytes(array))
             yield sample
         self._digest = digest.hexdigest()
 
@@ -173,6 +173,12 @@ class Source:
             "there was less data on a second reading; a function must return a new iterator on every call",
             "calibration data",
         )
+
+
+def _bytes(array: Array) -> Any:
+    if array.dtype.hasobject:
+        return repr(array.tolist()).encode()
+    return array.data if array.size else b""
 
 
 def _read_ahead(parts: Iterable[tuple[Record, list[int]]]) -> Iterator[tuple[Sample, str]]:

@@ -54,8 +54,9 @@ def prepare(model: str | Path | onnx.ModelProto, calib: Any, options: CompileOpt
     float_model = load_model(model)
     if options.mode not in (None, STATIC) and is_quantized(float_model):
         raise UserError("the model is quantized already", f"--mode {options.mode}")
-    specs = input_specs(float_model)
-    split = None if calib is None else Split(as_source(calib, specs, options.preprocess, options.samples))
+    split = None
+    if calib is not None:
+        split = Split(as_source(calib, input_specs(float_model), options.preprocess, options.samples))
     if split is None and not is_quantized(float_model) and any(p.name == "calibrate" for p in pipeline.passes):
         raise UserError("calibration data is missing; give some samples of what the model is fed", "--calib")
     state = CompileState(

@@ -85,8 +85,16 @@ def _copy(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
         raise UserError("larger than 2 GB; save it with external data and give its path", "model") from error
 
 
+_SUMS = ("Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN")
+
+
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
-    """The inputs to feed: graph inputs that are not initializers. Raises UserError for one that is not a tensor."""
+    """The inputs to feed: graph inputs that are not initializers. Raises UserError for one that is not a tensor.
+
+    Those that no multiply-accumulate operator reads as they are may hold infinity, as attention masks do: `calibrate` tells where
+    something that is quantized does.
+    """
+    summed = {name for graph in graphs(model.graph) for n in graph.node if n.op_type in _SUMS for name in n.input}
     constants = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
     specs = []
     for value in model.graph.input:
@@ -97,7 +105,7 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         kind = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         shape = tuple(_dimension(d) for d in kind.shape.dim) if kind.HasField("shape") else None
-        specs.append(InputSpec(value.name, dtype, shape))
+        specs.append(InputSpec(value.name, dtype, shape, value.name in summed))
     return specs
 
 

@@ -42,6 +42,8 @@ class InputSpec:
     dtype: DType
     shape: tuple[int | str | None, ...] | None
     """None where even the rank is unknown: then every array is one sample as it stands."""
+    finite: bool = True
+    """Whether NaN and infinity are refused; masks hold infinity."""
 
     def __post_init__(self) -> None:
         if self.shape is not None:
@@ -148,8 +150,10 @@ def cut(
 
 
 def convert(array: Array, spec: InputSpec, where: str) -> Array:
-    """Return a C-contiguous copy in the input's dtype. Raises `UserError` on NaN, infinity and overflow."""
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    """Return a C-contiguous copy in the input's dtype. Raises `UserError` on NaN, infinity, overflow and objects but strings."""
+    if spec.dtype.hasobject and not all(isinstance(value, str | bytes) for value in array.reshape(-1).tolist()):
+        raise UserError(f"{spec}: the array holds other objects than strings", where)
+    if spec.finite and array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(f"{spec}: the array holds NaN or infinity", where)
     if array.dtype.kind in "iu" and array.dtype != spec.dtype and array.size:
         limits = np.iinfo(spec.dtype)
@@ -157,7 +161,8 @@ def convert(array: Array, spec: InputSpec, where: str) -> Array:
             raise UserError(f"{spec}: the array holds integers that do not fit in {spec.dtype}", where)
     with np.errstate(over="ignore"):
         result: Array = np.array(array, dtype=spec.dtype, order="C", subok=False)
-    if result.dtype.kind == "f" and result.dtype.itemsize < array.dtype.itemsize and not np.isfinite(result).all():
+    narrower = result.dtype.kind == "f" and result.dtype.itemsize < array.dtype.itemsize
+    if narrower and np.isinf(result).sum() > np.isinf(array).sum():
         raise UserError(f"{spec}: the array holds numbers too large for {spec.dtype}", where)
     return result
 
@@ -219,7 +224,12 @@ def _match(arrays: Mapping[str, Header | Array], inputs: Sequence[InputSpec], wh
 
 
 def _refuse_dtype(have: DType, want: DType) -> str | None:
-    """Say why an array cannot be fed, or return None. Floats may change width; so may integers whose values fit."""
+    """Say why an array cannot be fed, or return None. Floats may change width; so may integers whose values fit.
+
+    Strings are objects where they are in memory, or in ONNX tensors; only `convert` can tell.
+    """
+    if want.hasobject and have.kind in "OUT":
+        return None
     if have.hasobject:
         return "the file holds pickled Python objects, which are never loaded; save an array of numbers"
     if have.newbyteorder("=") == want or (have.kind == want.kind == "f") or (have.kind in "iu" and want.kind in "iu"):

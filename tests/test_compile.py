@@ -256,6 +256,48 @@ def test_types_that_numpy_lacks_may_occur_inside() -> None:
     assert [la.op for la in report.layers if la.quantized] == ["MatMul"]
 
 
+def test_masks_may_be_infinite() -> None:
+    text = (
+        "g (float[N,6,8] x, float[6,6] mask) => (float[N,6,6] y) "
+        "{ s = MatMul(x, w) m = Add(s, mask) y = Softmax<axis=-1>(m) }"
+    )
+    rng = np.random.default_rng(0)
+    model = model_from_text(text, {"w": rng.standard_normal((8, 6)).astype(np.float32)})
+    mask = np.where(np.tri(6, dtype=bool), 0, -np.inf).astype(np.float32)
+    data = [{"x": rng.standard_normal((1, 6, 8)).astype(np.float32), "mask": mask} for _ in range(8)]
+    report = compile_model(model, data).report
+    assert [layer.op for layer in report.layers if layer.quantized] == ["MatMul"]
+    assert report.outputs[0].sqnr is not None
+    assert report.outputs[0].sqnr > 25
+    data[3]["x"][0, 0, 0] = np.inf
+    with pytest.raises(UserError, match=r"'x' .*: the array holds NaN or infinity"):
+        compile_model(model, data)
+
+
+def test_strings_may_be_fed() -> None:
+    text = "g (float[1,4,8,8] x, string[2] s) => (float[1,4,8,8] y, string[2] t) { y = Conv(x, w) t = Gather(s, i) }"
+    rng = np.random.default_rng(0)
+    model = model_from_text(text, {"w": rng.standard_normal((4, 4, 1, 1)).astype(np.float32), "i": np.array([1, 0])})
+    data = [{"x": rng.standard_normal((1, 4, 8, 8)).astype(np.float32), "s": np.array(["Ab", "ç"])} for _ in range(4)]
+    result = compile_model(model, data)
+    assert "QLinearConv" in ops_of(result.model)
+    assert result.report.outputs[1].equal == 1.0
+    with pytest.raises(UserError, match="other objects than strings"):
+        compile_model(model, [{**data[0], "s": np.array([1, None], object)}])
+
+
+def test_inputs_that_are_no_tensors_matter_only_to_data() -> None:
+    text = (
+        "g (seq(float[4,4]) q) => (float[4,4] y) { z = Constant<value_int=0>() x = SequenceAt(q, z) y = MatMul(x, w) }"
+    )
+    model = model_from_text(text, {"w": np.eye(4, dtype=np.float32)})
+    compiled = compile_model(model, mode="weight-only").model
+    feeds = {"q": [np.arange(16, dtype=np.float32).reshape(4, 4)]}
+    np.testing.assert_allclose(run(compiled, feeds)[0], feeds["q"][0], atol=1e-6)
+    with pytest.raises(UserError, match="the input is not a tensor"):
+        compile_model(model, [feeds])
+
+
 def opset(version: int) -> onnx.ModelProto:
     model = net()
     model.opset_import[0].version = version
