@@ -155,7 +155,7 @@ def reach(trial: Trials, goal: Goal) -> Reached:
     if best is None:
         raise UserError(f"no choice of layers in float does that; the nearest gave {nearest}", goal.option)
     order = tuple(name for name in found.layers if name in best[0])
-    return Reached(str(goal), order, len(found.noisy), without, best[1], len(trial))
+    return Reached(str(goal), order, len({*found.noisy, *order}), without, best[1], len(trial))
 
 
 def _higher(goal: Goal, nearest: Figures, low: float, gone: float) -> float:
