@@ -11,7 +11,7 @@ from functools import cache
 import onnx
 from onnx import parser
 
-from qcompiler import integer_functions, layer_functions
+from qcompiler import float_functions, integer_functions, layer_functions
 
 DOMAIN = "qcompiler"
 
@@ -84,9 +84,9 @@ _DOCS = {
 
 @cache
 def _parsed(name: str) -> bytes:
-    bodies = _BODIES | layer_functions.BODIES | integer_functions.BODIES
+    bodies = _BODIES | layer_functions.BODIES | integer_functions.BODIES | float_functions.BODIES
     function = parser.parse_function(_HEAD + bodies[name])
-    function.doc_string = (_DOCS | layer_functions.DOCS | integer_functions.DOCS)[name]
+    function.doc_string = (_DOCS | layer_functions.DOCS | integer_functions.DOCS | float_functions.DOCS)[name]
     return bytes(function.SerializeToString())
 
 

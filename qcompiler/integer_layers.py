@@ -42,8 +42,16 @@ LOG_BITS = 23
 
 LARGEST_CODE = LOG_BITS + 1
 
+OCTAVE = np.float32(2**EXP_BITS / math.log(2))
+"""A mask of 1 in the units of exponents."""
+
+DEEPEST = 100_000 << EXP_BITS
+"""Scores end so far below the greatest there can be; -6.9e4 is that deep. 32 bits hold all differences of scores with masks."""
+
+HIGHEST_BIAS = 2**28
+
 _LARGEST_EPSILON = 2**45
-_LARGEST_RATE = 2**22
+_LARGEST_RATE = EXP_RANGE << EXP_BITS
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,10 @@ class NormConstants:
 
 
 def square_root(values: ArrayLike) -> I64:
-    """floor(sqrt(values)) of int64 numbers from 1 to 2**62, by Newton's method in integers (I-BERT, algorithm 4).
+    """floor(sqrt(values)) of int64 numbers from 1 to 1.5 * 2**62, by Newton's method in integers (I-BERT, algorithm 4).
 
-    It starts from the power of two next above the root, falls monotonically, and stops at the root or one above.
+    It starts from the power of two next above the root, falls monotonically, and stops at the root or one above. (Beyond 2**62
+    it starts a little below the root, and the first step takes it above.)
     """
     v = np.asarray(values, np.int64)
     x = np.int64(1) << (v[..., None] >= np.int64(4) ** np.arange(31)).sum(axis=-1)
@@ -78,15 +87,16 @@ def square_root(values: ArrayLike) -> I64:
     return np.asarray(x - (x * x > v), np.int64)
 
 
-def layer_norm(q: Array, zero_point: int, constants: NormConstants) -> I64:
+def layer_norm(q: Array, zero_point: int, constants: NormConstants, centred: bool = True) -> I64:
     """LayerNormalization over the last axis: an accumulator in units of `s_y * 2**(-2 * NORM_BITS)`, int64.
 
     With X = (q - z) 2**alpha of n channels, all sums are exact: n**2 times the variance is n * sum X**2 - (sum X)**2, and
-    n * X - sum X over its root is what LayerNorm scales and shifts (FQ-ViT, section 3.2, with n taken out).
+    n * X - sum X over its root is what LayerNorm scales and shifts (FQ-ViT, section 3.2, with n taken out). RMSNormalization
+    is the same without sum X: `centred=False`.
     """
     x = (np.asarray(q, np.int64) - zero_point) * constants.factors
     n = x.shape[-1]
-    total = x.sum(axis=-1, keepdims=True)
+    total = x.sum(axis=-1, keepdims=True) * centred
     deviation = x * n - total
     variance = (x * x).sum(axis=-1, keepdims=True) * n - total * total
     root = square_root((variance + constants.epsilon) * 4**ROOT_BITS)
@@ -99,25 +109,39 @@ def exponent_rate(scale: ArrayLike) -> int:
     return int(min(round(float(np.asarray(scale)) / math.log(2) * 2**EXP_BITS), _LARGEST_RATE))
 
 
-def exponential(q: Array, rate: int) -> I64:
+def exponent_bias(mask: Array) -> Array:
+    """A mask, which a sum puts on scores, in units of 2**-EXP_BITS octaves: int32, -inf and the like at -`DEEPEST`."""
+    with np.errstate(over="ignore"):
+        octaves = np.asarray(mask, np.float32) * OCTAVE
+    return np.asarray(np.rint(np.clip(octaves, np.float32(-DEEPEST), np.float32(HIGHEST_BIAS))), np.int32)
+
+
+def exponential(q: Array, rate: int, bias: Array | None = None) -> I64:
     """exp(x - max x) over the last axis, times a constant: integers below 2**31 (I-BERT, algorithm 3).
 
     The difference is t = -(x - max x) / ln 2 octaves; of these, the whole ones are a shift and the rest r is the polynomial in
     p = -r ln 2. I-BERT divides by floor(ln 2 / scale), which is too coarse for 8-bit scales; the rate is the same in finer units.
+
+    `bias`: a mask (`exponent_bias`), which broadcasts against q. What it hides is more than `EXP_RANGE` octaves below the rest,
+    so 0. Where it hides a whole row, what it adds to all is lost in the difference, as in float; where it drowns scores in
+    float, because it is below -`DEEPEST`, all are alike.
     """
-    x = np.asarray(q, np.int64)
-    t = np.minimum((x.max(axis=-1, keepdims=True) - x) * rate, EXP_RANGE << EXP_BITS)
+    x = np.asarray(q, np.int64) * rate
+    if bias is not None:
+        x = np.maximum(x - 255 * rate + bias, -DEEPEST)
+    t = np.minimum(x.max(axis=-1, keepdims=True) - x, EXP_RANGE << EXP_BITS)
     whole = t >> EXP_BITS
     p = EXP_OFFSET - (t - (whole << EXP_BITS))
     return np.asarray((p * p + EXP_CONSTANT) >> whole, np.int64)
 
 
-def log_softmax_codes(q: Array, rate: int, largest: int) -> Array:
+def log_softmax_codes(q: Array, rate: int, largest: int, bias: Array | None = None) -> Array:
     """Softmax over the last axis as the uint8 codes of 2**-code, at most `largest` (FQ-ViT, section 3.3: Log-Int-Softmax).
 
-    The code is log2 of sum / exp, rounded up where the mantissa is at least 1.5: floor(log2(4 sum / (3 exp))).
+    The code is log2 of sum / exp, rounded up where the mantissa is at least 1.5: floor(log2(4 sum / (3 exp))). `rate` and `bias`
+    as in `exponential`.
     """
-    e = exponential(q, rate)
+    e = exponential(q, rate, bias)
     ratio = 4 * e.sum(axis=-1, keepdims=True) // (3 * e + 1)
     codes = (ratio[..., None] >= np.int64(2) ** np.arange(1, LARGEST_CODE + 1)).sum(axis=-1)
     return np.asarray(np.minimum(codes, largest), np.uint8)
@@ -128,9 +152,9 @@ def softmax_rate(scale: ArrayLike) -> int:
     return round(256 / float(np.asarray(scale)))
 
 
-def softmax(q: Array, rate: int, unit: int, largest: int) -> Array:
+def softmax(q: Array, rate: int, unit: int, largest: int, bias: Array | None = None) -> Array:
     """Softmax over the last axis in uniform steps, at most `largest`; `unit` from `softmax_rate`. Returns uint8."""
-    e = exponential(q, rate)
+    e = exponential(q, rate, bias)
     total = e.sum(axis=-1, keepdims=True)
     return np.asarray(np.minimum((e * unit + total * 128) // (total * 256), largest), np.uint8)
 

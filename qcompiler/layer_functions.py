@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from qcompiler.integer_layers import (
+    DEEPEST,
     EXP_BITS,
     EXP_CONSTANT,
     EXP_OFFSET,
     EXP_RANGE,
+    HIGHEST_BIAS,
     LOG_BITS,
     NEWTON_STEPS,
     NORM_BITS,
+    OCTAVE,
     ROOT_BITS,
 )
 
@@ -34,22 +37,33 @@ _ROOT = f"""
     for i in range(NEWTON_STEPS)
 )
 
-_NORM = f"""
-IntLayerNorm (q, zero_point, factors, epsilon, multiplier, bias) => (acc) {{
+_CENTRED = """
+    total = ReduceSum <keepdims = 1> (x, last)
+    deviation = Sub (scaled, total)
+    total_square = Mul (total, total)
+    variance = Sub (scaled_squares, total_square)
+"""
+
+_NOT_CENTRED = """
+    deviation = Identity (scaled)
+    variance = Identity (scaled_squares)
+"""
+
+
+def _norm(name: str, moments: str) -> str:
+    return f"""
+{name} (q, zero_point, factors, epsilon, multiplier, bias) => (acc) {{
     last = Constant <value = int64[1] {{-1}}> ()
     wide = Cast <to = 7> (q)
     zero = Cast <to = 7> (zero_point)
     centred = Sub (wide, zero)
     x = Mul (centred, factors)
     n = Shape <start = -1> (x)
-    total = ReduceSum <keepdims = 1> (x, last)
     scaled = Mul (x, n)
-    deviation = Sub (scaled, total)
     square = Mul (x, x)
     squares = ReduceSum <keepdims = 1> (square, last)
     scaled_squares = Mul (squares, n)
-    total_square = Mul (total, total)
-    variance = Sub (scaled_squares, total_square)
+{moments}
     positive = Add (variance, epsilon)
     root_unit = Constant <value = int64 {{{4**ROOT_BITS}}}> ()
     radicand = Mul (positive, root_unit)
@@ -68,14 +82,28 @@ IntLayerNorm (q, zero_point, factors, epsilon, multiplier, bias) => (acc) {{
     acc = Add (product, bias)
 }}"""
 
+
+_STEPS = """
+    x = Cast <to = 6> (q)
+    score = Mul (x, rate)
+"""
+
+_MASKED_STEPS = f"""
+    x = Cast <to = 6> (q)
+    greatest = Constant <value = int32 {{255}}> ()
+    below = Sub (x, greatest)
+    steps = Mul (below, rate)
+    biased = Add (steps, bias)
+    deepest = Constant <value = int32 {{{-DEEPEST}}}> ()
+    score = Max (biased, deepest)
+"""
+
 # TopK stands for ReduceMax, whose axes were an attribute before opset 18 and are an input from then on.
 _EXP = f"""
     last = Constant <value = int64[1] {{-1}}> ()
     one = Constant <value = int64[1] {{1}}> ()
-    x = Cast <to = 6> (q)
-    top, position = TopK <axis = -1, largest = 1, sorted = 1> (x, one)
-    difference = Sub (top, x)
-    scaled = Mul (difference, rate)
+    top, position = TopK <axis = -1, largest = 1, sorted = 1> (score, one)
+    scaled = Sub (top, score)
     furthest = Constant <value = int32 {{{EXP_RANGE << EXP_BITS}}}> ()
     t = Min (scaled, furthest)
     t_bits = Cast <to = 12> (t)
@@ -109,9 +137,11 @@ _LOG2 = "".join(
     for k in reversed(range(5))
 )
 
-_LOG_SOFTMAX = f"""
-LogIntSoftmax (q, rate, largest) => (codes) {{
-{_EXP}
+
+def _log_softmax(head: str, steps: str) -> str:
+    return f"""
+{head} => (codes) {{
+{steps}{_EXP}
     four = Constant <value = int64 {{4}}> ()
     three = Constant <value = int64 {{3}}> ()
     unit = Constant <value = int64 {{1}}> ()
@@ -131,9 +161,11 @@ LogIntSoftmax (q, rate, largest) => (codes) {{
     codes = Cast <to = 2> (code_0)
 }}"""
 
-_SOFTMAX = f"""
-IntSoftmax (q, rate, unit, largest) => (y) {{
-{_EXP}
+
+def _softmax(head: str, steps: str) -> str:
+    return f"""
+{head} => (y) {{
+{steps}{_EXP}
     half = Constant <value = int64 {{128}}> ()
     full = Constant <value = int64 {{256}}> ()
     scaled_exp = Mul (exp, unit)
@@ -187,10 +219,25 @@ ShiftMatMul (codes, v, zero_point) => (acc) {{
     acc = Where (is_negative, opposite, mean)
 }}"""
 
+_QUANTIZE_MASK = f"""
+QuantizeMask (mask) => (bias) {{
+    octave = Constant <value = float {{{float(OCTAVE)!r}}}> ()
+    lowest = Constant <value = float {{{float(-DEEPEST)!r}}}> ()
+    highest = Constant <value = float {{{float(HIGHEST_BIAS)!r}}}> ()
+    octaves = Mul (mask, octave)
+    clipped = Clip (octaves, lowest, highest)
+    rounded = Round (clipped)
+    bias = Cast <to = 6> (rounded)
+}}"""
+
 BODIES = {
-    "IntLayerNorm": _NORM,
-    "IntSoftmax": _SOFTMAX,
-    "LogIntSoftmax": _LOG_SOFTMAX,
+    "IntLayerNorm": _norm("IntLayerNorm", _CENTRED),
+    "IntRMSNorm": _norm("IntRMSNorm", _NOT_CENTRED),
+    "IntSoftmax": _softmax("IntSoftmax (q, rate, unit, largest)", _STEPS),
+    "LogIntSoftmax": _log_softmax("LogIntSoftmax (q, rate, largest)", _STEPS),
+    "MaskedIntSoftmax": _softmax("MaskedIntSoftmax (q, bias, rate, unit, largest)", _MASKED_STEPS),
+    "MaskedLogIntSoftmax": _log_softmax("MaskedLogIntSoftmax (q, bias, rate, largest)", _MASKED_STEPS),
+    "QuantizeMask": _QUANTIZE_MASK,
     "ShiftMatMul": _SHIFT_MATMUL,
 }
 
@@ -201,5 +248,9 @@ DOCS = {
     f"* 2**{EXP_BITS}",
     "LogIntSoftmax": "softmax over the last axis as codes: 2**-code, at most largest; rate: a step of q in octaves "
     f"* 2**{EXP_BITS}",
+    "IntRMSNorm": "RMSNormalization of factors * (q - zero_point), as IntLayerNorm",
+    "MaskedIntSoftmax": "IntSoftmax of scores with a mask from QuantizeMask",
+    "MaskedLogIntSoftmax": "LogIntSoftmax of scores with a mask from QuantizeMask",
+    "QuantizeMask": f"what a sum puts on scores, in octaves * 2**{EXP_BITS}, int32",
     "ShiftMatMul": f"the mean of v - zero_point over the tokens, weighted by 2**-code, times 2**{LOG_BITS}: int64",
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from qcompiler import ir, op_checks
+from qcompiler import functions, ir, op_checks
 from qcompiler.ir import Node
 
 
@@ -134,6 +134,12 @@ def _quick_gelu(node: Node) -> tuple[float, float]:
     return (-12 / alpha, math.inf) if alpha > 0 else (-math.inf, math.inf)
 
 
+def _rms_norm(domain: str) -> OpRule:
+    return OpRule(
+        "RMSNormalization", _OTHER, Result.OWN, Lowering.NORM, domain, anchor=True, refuse=op_checks.layer_norm
+    )
+
+
 _ACT, _OTHER = (Role.ACT,), (Role.ACT, Role.OTHER)
 _MAC = (Role.ACT, Role.WEIGHT, Role.BIAS)
 
@@ -208,7 +214,10 @@ OPS: dict[str, OpRule] = {
             of_activations=OpRule("MatMul", _ACT, Result.OWN, Lowering.PRODUCT, anchor=True),
         ),
         OpRule("LayerNormalization", _OTHER, Result.OWN, Lowering.NORM, anchor=True, refuse=op_checks.layer_norm),
+        _rms_norm(""),
+        _rms_norm(functions.DOMAIN),
         OpRule("Softmax", _ACT, Result.OWN, Lowering.SOFTMAX, refuse=op_checks.last_axis),
+        OpRule("MaskedSoftmax", _OTHER, Result.OWN, Lowering.SOFTMAX, functions.DOMAIN),
         OpRule("Add", _ACT, Result.OWN, Lowering.ADD),
         OpRule("Mul", _ACT, Result.OWN, Lowering.MUL),
         OpRule("Concat", _ACT, Result.OWN, Lowering.CONCAT),

@@ -39,6 +39,8 @@ def test_square_root_is_exact() -> None:
         values = np.maximum(squares + offset, 1)
         assert integer_layers.square_root(values).tolist() == [math.isqrt(v) for v in values.tolist()]
     assert integer_layers.square_root(2**62) == 2**31
+    large = 2**62 + np.random.default_rng(1).integers(0, 2**61, 1000)
+    assert integer_layers.square_root(large).tolist() == [math.isqrt(v) for v in large.tolist()]
 
 
 def norm(scale: float, channels: int = 24) -> tuple[np.ndarray, QuantParams, QuantParams, np.ndarray, np.ndarray]:
@@ -157,3 +159,80 @@ def test_power_of_two_factors_scale_channels() -> None:
     assert q.tolist() == [[134, 129, 131]]
     assert quant.dequantize(q, params).tolist() == [[3, 4, 3]]
     assert params.range == (-512, 508)
+
+
+def masked(mask: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores uint8 [2, 4, 33], the integer mask, and what float64 gives for both."""
+    q = random_integers(2, 4, 33)
+    bias = integer_layers.exponent_bias(mask)
+    finite = np.maximum(mask, np.finfo(np.float32).min).astype(np.float64)
+    shifted = finite - finite.max(axis=-1, keepdims=True)
+    return q, bias, probabilities(q + shifted / scale, scale)
+
+
+MASKS = {
+    "padding": np.where(np.arange(33) < 20, 0, -1e4).astype(np.float32).reshape(1, 1, 33),
+    "causal": np.triu(np.full((4, 33), -np.inf, np.float32), 5),
+    "lowest": np.triu(np.full((4, 33), np.finfo(np.float32).min), 5),
+    "position": np.random.default_rng(3).normal(0, 2, (2, 4, 33)).astype(np.float32),
+    "whole row": np.full((2, 1, 33), -1e4, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("scale", [0.01, 0.1, 2.0])
+def test_masks(kind: str, scale: float) -> None:
+    q, bias, wanted = masked(MASKS[kind], scale)
+    rate = integer_layers.exponent_rate(scale)
+    e = integer_layers.exponential(q, rate, bias)
+    seen = wanted > 1e-6
+    assert np.abs((e / e.sum(axis=-1, keepdims=True))[seen] / wanted[seen] - 1).max() < 0.007
+    assert not e[wanted < 1e-20].any()
+    hidden = np.broadcast_to(MASKS[kind] < MASKS[kind].max(axis=-1, keepdims=True) - 1000, q.shape)
+    assert not e[hidden].any()
+    mask = {"q": q, "bias": bias, "rate": np.int32(rate)}
+    codes = integer_layers.log_softmax_codes(q, rate, 24, bias)
+    assert (codes[hidden] == 24).all()
+    assert_equals_reference("MaskedLogIntSoftmax", mask | {"largest": np.uint8(24)}, codes)
+    y = integer_layers.softmax(q, rate, 256 * 255, 255, bias)
+    assert not y[hidden].any()
+    assert_equals_reference("MaskedIntSoftmax", mask | {"unit": np.int64(256 * 255), "largest": np.uint8(255)}, y)
+
+
+def test_a_row_that_the_lowest_number_hides_is_uniform() -> None:
+    """As in float32, where it drowns all scores."""
+    q, rate = random_integers(3, 16), integer_layers.exponent_rate(0.1)
+    bias = integer_layers.exponent_bias(np.full((3, 16), np.finfo(np.float32).min))
+    assert (integer_layers.log_softmax_codes(q, rate, 24, bias) == 4).all()
+
+
+def test_masks_in_integers() -> None:
+    mask = np.float32(
+        [0, 1, -1, math.log(2), -100, -1e4, 1e6, -1e6, np.finfo(np.float32).min, -np.inf, 3e-5, 0.5 / 2**14]
+    )
+    bias = integer_layers.exponent_bias(mask)
+    assert bias[3] == 2**14
+    assert bias[-5:-2].tolist() == [-integer_layers.DEEPEST, -integer_layers.DEEPEST, -integer_layers.DEEPEST]
+    assert_equals_reference("QuantizeMask", {"mask": mask}, bias)
+    lowest = -383 * integer_layers.exponent_rate(1e9) - integer_layers.DEEPEST  # int8 scores, the coarsest steps
+    assert lowest >= -(2**31)
+    assert integer_layers.HIGHEST_BIAS + integer_layers.DEEPEST < 2**31
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 3.0])
+def test_rms_norm(scale: float) -> None:
+    q, x, y, gamma, _ = norm(scale)
+    constants = integer_layers.NormConstants.of(x, y, gamma, np.zeros(24), 1e-5)
+    acc = integer_layers.layer_norm(q, x.zero_point, constants, centred=False)
+    values = quant.dequantize(q, x).astype(np.float64)
+    wanted = values / np.sqrt(np.square(values).mean(axis=-1, keepdims=True) + 1e-5) * gamma
+    assert np.abs(acc * 2.0 ** -(2 * integer_layers.NORM_BITS) * float(y.scale) - wanted).max() < 2e-4
+    inputs = {
+        "q": q,
+        "zero_point": np.uint8(x.zero_point),
+        "factors": constants.factors,
+        "epsilon": np.int64(constants.epsilon),
+        "multiplier": constants.multiplier,
+        "bias": constants.bias,
+    }
+    assert_equals_reference("IntRMSNorm", inputs, acc)

@@ -462,6 +462,10 @@ def test_rms_normalization(tail: str) -> None:
     refusals = _refusals(_model(ROOT_MEAN_SQUARE + tail, opset=22, **constants))
     assert [r.split(":")[0] for r in refusals.values()] == ["RMSNormalization needs opset 23"]
 
+    asking = replace(ALL, rewrites=frozenset({"RMSNormalization"}))
+    after, _ = _check(_model(ROOT_MEAN_SQUARE + tail, opset=18, **constants), ["RMSNormalization"], asking)
+    assert after.graph.node[0].domain == "qcompiler"
+
 
 @pytest.mark.parametrize("tail", ["z = Div(s, x) y = Add(z, gamma)", "z = Div(p, s) y = Mul(z, gamma)"])
 def test_not_rms_normalization(tail: str) -> None:

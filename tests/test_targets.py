@@ -9,6 +9,7 @@ import onnx
 import pytest
 from qcompiler_passes.targets import INTEGER, ORT_CPU, ORT_CPU_AVX2, TARGETS
 
+from qcompiler import float_functions, functions
 from qcompiler.ops import OPS, Result
 from qcompiler.target import Target
 from tests.forms import all_forms, assert_bit_identical, graph_text, inferred, ops_between, weights
@@ -93,6 +94,12 @@ CASES: dict[str, list[str]] = {
         "m = LayerNormalization(a, gamma, beta)",
         "m = LayerNormalization<axis=3, epsilon=1.0>(a, gamma)",
     ],
+    "RMSNormalization": ["m = RMSNormalization(a, gamma)"],
+    "qcompiler.RMSNormalization": ["m = qcompiler.RMSNormalization<epsilon=1.0>(a, gamma)"],
+    "qcompiler.MaskedSoftmax": [
+        "m = qcompiler.MaskedSoftmax(a, causal)",
+        "r = ReduceMax(x, axis1) s = MatMul(a, b) p = qcompiler.MaskedSoftmax(s, r) m = MatMul(p, b)",
+    ],
     "Softmax": ["m = Softmax(a)", "s = MatMul(a, b) p = Softmax<axis=3>(s) m = MatMul(p, b)"],
     "com.microsoft.Gelu": ["m = com.microsoft.Gelu(a)"],
     "com.microsoft.FastGelu": ["m = com.microsoft.FastGelu(a)"],
@@ -137,6 +144,7 @@ CONSTANTS: dict[str, Any] = {
     "axis1": [1],
     "space": [2, 3],
     "axis3": [3],
+    "causal": np.triu(np.full((8, 8), -np.inf, np.float32), 1),
     "one": [1],
     "five": [5],
     "order": [7, 6, 5, 4, 3, 2, 1, 0],
@@ -151,13 +159,17 @@ def between_layers(middle: str) -> onnx.ModelProto:
     }
     head = f"a = Conv(x, wa, wb) b = Conv(x, wb4) {middle}"
     stem = {"wa": weights(8, 3, 1, 1, seed=1), "wb": weights(8), "wb4": weights(8, 3, 1, 1, seed=2)}
-    opset = 20
+    opset = 23 if " RMSNormalization" in middle else 20
     probe = graph_text(f"g (float[1,3,8,8] x) => (float[] m) {{ {head} }}", opset, **stem, **needed)
     shape = [d.dim_value for d in probe.graph.output[0].type.tensor_type.shape.dim] or [1, 8, 8, 8]
     last = weights(4, shape[1], 1, 1) if len(shape) == 4 else weights(shape[-1], 4)
     op = "Conv" if len(shape) == 4 else "MatMul"
     text = f"g (float[1,3,8,8] x) => (float[] y) {{ {head} y = {op}(m, last) }}"
-    return inferred(graph_text(text, opset, **stem, **needed, last=last))
+    model = graph_text(text, opset, **stem, **needed, last=last)
+    model.functions.extend(
+        functions.proto(name, opset) for name in float_functions.BODIES if f"qcompiler.{name}" in middle
+    )
+    return inferred(model)
 
 
 def claimed(target: Target) -> list[str]:

@@ -18,6 +18,7 @@ from qcompiler.ops import Lowering, OpRule, Result, Role, quantized_rule, rule_o
 from qcompiler.quant import QuantSpec
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import Block, CompileState, Phase
+from qcompiler_passes.match import is_aside
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ class _Choice:
 
     def _isolated(self, root: str) -> str | None:
         node, rule = self.nodes[root], self.rules[root]
-        for index in rule.activations(node):
-            if not self._available(node.inputs[index], rule):
-                return f"its input {node.inputs[index].name!r} is a float tensor"
+        missing = [t for i in rule.activations(node) if not self._available(t := node.inputs[i], rule)]
+        if missing and not (len(missing) == 1 and self._may_join(node, rule, missing[0])):
+            return f"its input {missing[0].name!r} is a float tensor"
         if not any(self.quantized_readers(name) for name in self.state.blocks[root].outputs):
             return "nothing quantized reads its result"
         return None
@@ -139,6 +140,15 @@ class _Choice:
         if root is None or root in self.reasons:
             return False
         return not (rule.lowering is Lowering.TABLE and self._gives_float(root))
+
+    def _may_join(self, node: Node, rule: OpRule, tensor: Tensor) -> bool:
+        """Whether a float tensor is quantized for the sake of what it is added to or multiplied with, as rotary positions are.
+
+        Targets without kernels of their own have no better way, and what depends on no layer is no float layer between others.
+        """
+        joins = rule.lowering in (Lowering.ADD, Lowering.MUL) and not self.state.target.kernels
+        others = [t for t in node.inputs if t is not tensor]
+        return joins and is_aside(tensor) and any(not ir.is_constant(t) and not is_aside(t) for t in others)
 
     def _gives_float(self, root: str) -> bool:
         """Whether a kernel with a float result makes what this block passes on, so that a float function costs no Q and DQ."""

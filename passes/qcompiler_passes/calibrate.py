@@ -21,15 +21,14 @@ from qcompiler.quant import QuantParams, params_from_range
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.annotate import annotate
 from qcompiler_passes.biases import layers_with_bias, results
-from qcompiler_passes.masks import bound_masks
 
 
 @dataclass(frozen=True)
 class Calibrate:
     """Measure the range of every tensor with a spec, in one pass over the data; tied tensors are measured together.
 
-    Values beyond the bounds of a block count as the bounds, and masks of attention enter no range. Params that a quantized model
-    came with are taken as they are; if it has gaps and there is no data, the blocks with gaps stay float.
+    Values beyond the bounds of a block count as the bounds. Params that a quantized model came with are taken as they are; if it
+    has gaps and there is no data, the blocks with gaps stay float.
 
     `collector`: the name of the way to measure. `samples_per_tensor`: about how many values of a tensor the collector sees of
     each calibration sample, besides the exact bounds. `means`: of how many samples to note the means of channels that
@@ -71,7 +70,6 @@ class Calibrate:
                 raise UserError(f"no range for tensor {leader!r}: {error}", "calibration data") from error
         for name in missing:
             state.params[name] = state.params[state.leader(name)]
-        bound_masks(state)
         return known + len(codes) + len(missing)
 
     def _measure(self, state: CompileState, tensors: list[Tensor]) -> dict[str, Collector]:

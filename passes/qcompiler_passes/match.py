@@ -17,6 +17,11 @@ _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Pow"}
 _MAX_DEGREE = 3
 _MAX_DEPTH = 8  # bounds the search where two long chains meet, as in a residual network
 
+_LAYERS = frozenset(
+    {"Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "LayerNormalization", "MatMul", "RNN", "Softmax"}
+)
+_MOST_NODES = 256
+
 NO_MATCH = Refusal("no known pattern ends here")
 
 
@@ -44,6 +49,20 @@ def made_by(tensor: Tensor, op: str) -> Node | None:
     """The producer of the tensor if it is the standard operator `op`."""
     node = ir.producer(tensor)
     return node if node is not None and node.op == op and not node.domain else None
+
+
+def is_aside(tensor: Tensor) -> bool:
+    """Whether a tensor depends on no layer, or only on the shape of what layers give."""
+    pending, seen = [tensor], set[int]()
+    while pending:
+        maker = ir.producer(pending.pop())
+        if maker is None or id(maker) in seen or maker.op in ("Shape", "Size"):
+            continue
+        if maker.op in _LAYERS or maker.domain or ir.has_subgraph(maker) or len(seen) == _MOST_NODES:
+            return False
+        seen.add(id(maker))
+        pending += maker.inputs
+    return True
 
 
 def static_axis(tensor: Tensor, axis: int) -> int | None:

@@ -26,7 +26,8 @@ from qcompiler_passes.match import (
     scalar_operand,
     source,
 )
-from qcompiler_passes.recompose_layers import channel_shuffle, finite_mask, softmax
+from qcompiler_passes.recompose_layers import channel_shuffle, softmax
+from qcompiler_passes.recompose_masks import finite_mask, masked_softmax
 from qcompiler_passes.recompose_norms import fold_affine, layer_normalization, rms_normalization, shifted_normalization
 
 
@@ -34,8 +35,9 @@ from qcompiler_passes.recompose_norms import fold_affine, layer_normalization, r
 class Recompose:
     """Find activations, normalizations and channel shuffles in their primitive form.
 
-    Makes Relu, Clip, LeakyRelu, HardSigmoid, HardSwish, Gelu, LayerNormalization, RMSNormalization and Softmax; QuickGelu and a
-    Gather of channels where the target asks for them. Operators that the model's opset lacks are not made.
+    Makes Relu, Clip, LeakyRelu, HardSigmoid, HardSwish, Gelu, LayerNormalization, RMSNormalization and Softmax; QuickGelu, a
+    Gather of channels and Softmax with its mask where the target asks for them. Operators that the model's opset lacks are not
+    made, but for RMSNormalization as a function where the target asks for that.
     """
 
     name: ClassVar[str] = "recompose"
@@ -258,6 +260,7 @@ RULES: dict[str, Rule] = {
     "Mul": first_of(gated, hard_sigmoid, fold_affine, layer_normalization, rms_normalization),
     "Div": first_of(gated, hard_sigmoid, layer_normalization, rms_normalization, softmax),
     "Add": first_of(fold_affine, shifted_normalization, finite_mask),
+    "Softmax": masked_softmax,
     "Reshape": channel_shuffle,
     "Gather": channel_shuffle,
 }

@@ -1,4 +1,4 @@
-"""The rules of `recompose` for patterns that span axes: Softmax and its masks, channel shuffle."""
+"""The rules of `recompose` for patterns that span axes: Softmax, channel shuffle."""
 
 from __future__ import annotations
 
@@ -28,19 +28,6 @@ def softmax(rewriter: Rewriter, node: Node) -> Refusal | None:
     if not (total.attrs.get("keepdims", 1) and top.attrs.get("keepdims", 1)):
         return Refusal("a reduced axis is dropped", total.name)
     return collapse(rewriter, node, [exp, total, sub, top], "Softmax", [sub.inputs[0]], axis=axes[0])
-
-
-def finite_mask(rewriter: Rewriter, node: Node) -> Refusal | None:
-    """Softmax(x + mask) where a constant mask holds -inf -> the least finite number: the same zeros, from finite constants."""
-    for index, tensor in enumerate(node.inputs):
-        mask, follower = ir.value(tensor), rewriter.only_user(node.outputs[0])
-        if mask is None or mask.dtype != np.float32 or follower is None or follower.op != "Softmax" or follower.domain:
-            continue
-        if np.isneginf(mask).any():
-            finite = np.where(np.isneginf(mask), np.finfo(np.float32).min, mask)
-            rewriter.set_input(node, index, rewriter.constant(tensor.name, finite))
-            return None
-    return NO_MATCH
 
 
 def channel_shuffle(rewriter: Rewriter, node: Node) -> Refusal | None:

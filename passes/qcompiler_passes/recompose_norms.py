@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler import ir
+from qcompiler import functions, ir
 from qcompiler.ir import Node, Tensor
+from qcompiler.ops import op_key
 from qcompiler.rewrite import Refusal, Rewriter
 from qcompiler_passes.match import NO_MATCH, collapse, made_by, reduced_axes, scalar_operand, squared, static_axis
+
+_NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", op_key("RMSNormalization", functions.DOMAIN))
 
 
 def layer_normalization(rewriter: Rewriter, node: Node) -> Refusal | None:
@@ -76,8 +79,9 @@ def _normalized(
     bias: NDArray[np.float32] | None = None,
 ) -> Refusal | None:
     """Put a normalization of x in the place of the nodes, if the opset has it and the constants run along the last axis."""
-    needed = 23 if op == "RMSNormalization" else 17
-    if rewriter.state.graph.opset < needed:
+    needed, opset = 23 if op == "RMSNormalization" else 17, rewriter.state.graph.opset
+    as_function = opset < needed and opset >= functions.OPSET and op in rewriter.state.target.rewrites
+    if opset < needed and not as_function:
         return Refusal(f"{op} needs opset {needed}", root.name)
     width = static_axis(x, -1)
     if width is None:
@@ -89,6 +93,8 @@ def _normalized(
         if array.size not in {1, width} or array.shape[-1:] not in {(), (1,), (width,)}:
             return Refusal(f"the {hint} is not one number per element of the last axis", root.name)
         inputs.append(rewriter.constant(hint, np.broadcast_to(array.reshape(-1), width).astype(np.float32)))
+    if as_function:
+        return collapse(rewriter, root, nodes, op, inputs, functions.DOMAIN, epsilon=epsilon)
     return collapse(rewriter, root, nodes, op, inputs, axis=-1, epsilon=epsilon)
 
 
@@ -195,9 +201,10 @@ def fold_affine(rewriter: Rewriter, node: Node) -> Refusal | None:
             {"scale": scale * flat, "bias": bias * flat} if node.op == "Mul" else {"scale": scale, "bias": bias + flat}
         )
         inputs = [norm.inputs[0], *(rewriter.constant(k, v) for k, v in folded.items() if k == "scale" or np.any(v))]
-        return collapse(rewriter, node, [norm], norm.op, inputs, **norm.attrs)
+        return collapse(rewriter, node, [norm], norm.op, inputs, norm.domain or "", **norm.attrs)
     return NO_MATCH
 
 
 def _normalization(tensor: Tensor) -> Node | None:
-    return made_by(tensor, "LayerNormalization") or made_by(tensor, "RMSNormalization")
+    node = ir.producer(tensor)
+    return node if node is not None and op_key(node.op, node.domain) in _NORMALIZATIONS else None

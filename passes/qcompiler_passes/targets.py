@@ -73,7 +73,9 @@ INTEGER = Target(
     lowerings=_ALL,
     rewrites=frozenset(
         {
+            "MaskedSoftmax",
             "QuickGelu",
+            "RMSNormalization",
             "average-pool-as-conv",
             "conv-transpose-as-conv",
             "interpolation-as-product",

@@ -19,6 +19,7 @@ from qcompiler_passes.integer_nodes import operands, requantize, rescale
 
 def write_layers(rewriter: Rewriter) -> None:
     """Replace each such layer of the graph, with the Q and DQ around it, by functions on integers."""
+    _quantize_masks(rewriter)
     for node in list(rewriter.graph.nodes):
         block = rewriter.state.blocks.get(node.name)
         if block is None or not block.quantized:
@@ -30,6 +31,25 @@ def write_layers(rewriter: Rewriter) -> None:
         integers, params, q, result = found
         if write(rewriter, node, integers, params, q, result):
             rewriter.remove(node)
+
+
+def _quantize_masks(rewriter: Rewriter) -> None:
+    """Let each MaskedSoftmax that is going to be integer read its mask as integers; layers share them."""
+    made: dict[int, Tensor] = {}
+    for node in list(rewriter.graph.nodes):
+        block = rewriter.state.blocks.get(node.name)
+        if node.op != "MaskedSoftmax" or block is None or not block.quantized:
+            continue
+        if isinstance(operands(rewriter, node), Refusal):
+            continue
+        mask = node.inputs[1]
+        array = ir.value(mask)
+        if id(mask) not in made and array is not None:
+            made[id(mask)] = rewriter.constant(f"{mask.name}_bias", integer_layers.exponent_bias(array))
+        elif id(mask) not in made:
+            bias = made[id(mask)] = _call(rewriter, node, "QuantizeMask", [mask], {})
+            bias.dtype, bias.shape = np.dtype(np.int32), mask.shape
+        rewriter.set_input(node, 1, made[id(mask)])
 
 
 def _norm(
@@ -46,7 +66,7 @@ def _norm(
         "gamma": found.multiplier,
         "beta": found.bias,
     }
-    acc = _call(rewriter, node, "IntLayerNorm", [x[0]], values)
+    acc = _call(rewriter, node, "IntLayerNorm" if node.op == "LayerNormalization" else "IntRMSNorm", [x[0]], values)
     requantize(rewriter, node, acc, np.asarray(1), y, 2 * integer_layers.NORM_BITS, q)
     return True
 
@@ -54,14 +74,13 @@ def _norm(
 def _softmax(
     rewriter: Rewriter, node: Node, x: Sequence[Tensor], params: Sequence[QuantParams], q: Node, y: QuantParams
 ) -> bool:
-    rate = np.asarray(integer_layers.exponent_rate(params[0].scale), np.int32)
-    if y.spec.log2:
-        largest = np.asarray(y.spec.qmax, np.uint8)
-        made = _call(rewriter, node, "LogIntSoftmax", [x[0]], {"rate": rate, "largest": largest})
-    else:
-        unit = np.asarray(integer_layers.softmax_rate(y.scale), np.int64)
-        largest = np.asarray(y.spec.qmax, y.spec.dtype)
-        made = _call(rewriter, node, "IntSoftmax", [x[0]], {"rate": rate, "unit": unit, "largest": largest})
+    values = {"rate": np.asarray(integer_layers.exponent_rate(params[0].scale), np.int32)}
+    if not y.spec.log2:
+        values["unit"] = np.asarray(integer_layers.softmax_rate(y.scale), np.int64)
+    values["largest"] = np.asarray(y.spec.qmax, y.spec.dtype)
+    masked = "Masked" if node.op == "MaskedSoftmax" else ""
+    function = "LogIntSoftmax" if y.spec.log2 else "IntSoftmax"
+    made = _call(rewriter, node, masked + function, [x[0], *node.inputs[1:]], values)
     maker = ir.producer(made)
     assert maker is not None
     rewriter.take_output(maker, q.outputs[0])
