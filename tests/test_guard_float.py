@@ -57,3 +57,15 @@ def test_a_transpose_whose_result_a_body_reads_is_kept_apart() -> None:
         both = (run(session(m, optimize=False), feeds)[0] for m in (plain, one))
         np.testing.assert_array_equal(*both)
         np.testing.assert_array_equal(*(run(session(m), feeds)[0] for m in (one, other)))
+
+
+def test_a_scale_that_is_made_at_run_time_stays() -> None:
+    text = (
+        "g (float[1,8,4,4] x) => (float[] y) { q, s, z = DynamicQuantizeLinear(x) d = DequantizeLinear(q, s, z) "
+        "p = MaxPool<kernel_shape=[2,2]>(d) y = Conv(p, v) }"
+    )
+    state = compiled(graph_text(text, v=weights(8, 8, 1, 1)), *TO_KERNELS)
+    guard = GuardFloat()
+    guard.run(state)
+    assert guard.run(state) == 0
+    assert "DynamicQuantizeLinear" in [n.op for n in state.graph.nodes]

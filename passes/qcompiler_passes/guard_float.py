@@ -68,7 +68,8 @@ def _dequantize(rewriter: Rewriter, node: Node) -> Refusal | None:
 
 
 def _free_bodies(rewriter: Rewriter, node: Node) -> Refusal | None:
-    if ir.is_constant(node.inputs[0]) or ir.array(node.inputs[1]).size != 1:
+    scale = ir.value(node.inputs[1])
+    if ir.is_constant(node.inputs[0]) or scale is None or scale.size != 1:
         return Refusal("ONNX Runtime does not move it")
     own = {id(n) for n in rewriter.graph.nodes}
     movers = [user for user in rewriter.users(node.outputs[0]) if _moves_into_body(rewriter, user, own)]
@@ -117,8 +118,9 @@ def _spread(rewriter: Rewriter, node: Node, tensor: Tensor, neighbour: Node) -> 
     channels = _channels(tensor, neighbour)
     if channels < 2:
         return Refusal("there is one channel, or an unknown number", neighbour.name)
-    if ir.array(node.inputs[1]).size != 1:
-        return Refusal("it has one scale per channel", node.name)
+    scale = ir.value(node.inputs[1])
+    if scale is None or scale.size != 1:
+        return Refusal("its scale is made at run time, or there is one per channel", node.name)
     for index in range(1, len(node.inputs)):
         value = ir.array(node.inputs[index]).reshape(())
         rewriter.set_input(node, index, rewriter.constant(node.inputs[index].name, np.full(channels, value)))
