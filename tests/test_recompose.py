@@ -396,7 +396,7 @@ def test_layer_normalization_with_axes_as_input() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("axes = [-1]", "axes = [1]"),
+        ("axes = [-1]", "axes = [2]"),
         ("axes = [-1]", "axes = [2, 3]"),
         ("two", "three"),
         ("Div(d, s)", "Div(s, d)"),
@@ -407,6 +407,27 @@ def test_layer_normalization_with_axes_as_input() -> None:
 def test_not_layer_normalization(old: str, new: str) -> None:
     body = (CENTRED + SQUARE + VARIANCE + "s = Sqrt(e) y = Div(d, s)").replace(old, new)
     assert _refusals(_model(body, two=2.0, three=3.0, eps=1e-5)) == {}
+
+
+CHANNEL_NORM = (CENTRED + SQUARE + VARIANCE + "s = Sqrt(e) z = Div(d, s) ").replace("axes = [-1]", "axes = [1]")
+CHANNELS = replace(ALL, rewrites=frozenset({"channel-norm-as-layer-norm"}))
+
+
+@pytest.mark.parametrize("tail", ["u = Mul(gamma, z) y = Add(u, beta)", "u = Mul(z, gamma) y = Add(beta, u)"])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1, 1)])
+def test_layer_normalization_over_channels(tail: str, shape: tuple[int, ...]) -> None:
+    arrays = {"gamma": np.arange(1.0, 4).reshape(shape), "beta": np.arange(3.0).reshape(shape)}
+    model = _model(CHANNEL_NORM + tail, two=2.0, eps=1e-5, **arrays)
+    after, _ = _check(model, ["Transpose", "LayerNormalization", "Transpose"], CHANNELS)
+    assert len(after.graph.node[1].input) == 3
+    refusals = _refusals(model)
+    assert [r.split(":")[0] for r in refusals.values()] == ["target test does not ask for channel-norm-as-layer-norm"]
+
+
+@pytest.mark.parametrize("constant", [np.arange(8.0), np.ones((3, 4, 1)), np.ones((3, 1, 8)), np.ones((4, 1))])
+def test_constants_along_other_axes_stay_behind_a_norm_over_channels(constant: np.ndarray) -> None:
+    model = _model(CHANNEL_NORM + "y = Mul(z, k)", two=2.0, eps=1e-5, k=constant)
+    _check(model, ["Transpose", "LayerNormalization", "Transpose", "Mul"], CHANNELS)
 
 
 TENSORFLOW = (

@@ -28,7 +28,13 @@ from qcompiler_passes.match import (
 )
 from qcompiler_passes.recompose_layers import channel_shuffle, softmax
 from qcompiler_passes.recompose_masks import finite_mask, masked_softmax
-from qcompiler_passes.recompose_norms import fold_affine, layer_normalization, rms_normalization, shifted_normalization
+from qcompiler_passes.recompose_norms import (
+    channel_affine,
+    fold_affine,
+    layer_normalization,
+    rms_normalization,
+    shifted_normalization,
+)
 
 
 @dataclass(frozen=True)
@@ -257,9 +263,9 @@ RULES: dict[str, Rule] = {
     "Min": clamp,
     "Max": first_of(clamp, leaky_relu),
     "PRelu": single_slope,
-    "Mul": first_of(gated, hard_sigmoid, fold_affine, layer_normalization, rms_normalization),
+    "Mul": first_of(gated, hard_sigmoid, fold_affine, channel_affine, layer_normalization, rms_normalization),
     "Div": first_of(gated, hard_sigmoid, layer_normalization, rms_normalization, softmax),
-    "Add": first_of(fold_affine, shifted_normalization, finite_mask),
+    "Add": first_of(fold_affine, channel_affine, shifted_normalization, finite_mask),
     "Softmax": masked_softmax,
     "Reshape": channel_shuffle,
     "Gather": channel_shuffle,

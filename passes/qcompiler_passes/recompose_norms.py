@@ -1,4 +1,4 @@
-"""The rules of `recompose` for normalizations over the last axis: LayerNormalization and RMSNormalization."""
+"""The rules of `recompose` for normalizations over the last axis, or over channels: LayerNormalization and RMSNormalization."""
 
 from __future__ import annotations
 
@@ -17,14 +17,68 @@ _NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", op_key("RMSNormaliz
 
 
 def layer_normalization(rewriter: Rewriter, node: Node) -> Refusal | None:
-    """(x - mean) / Sqrt(variance + epsilon) over the last axis -> LayerNormalization with a scale of ones."""
+    """(x - mean) / Sqrt(variance + epsilon) over the last axis -> LayerNormalization with a scale of ones.
+
+    Over axis 1, as ConvNeXt (Liu et al. 2022, arXiv 2201.03545) has it, with a Transpose before and behind, where the target asks
+    for it.
+    """
     for centred, other in _both_orders(node):
-        nodes: list[Node] = []
-        x = _centred(centred, nodes)
-        epsilon = None if x is None else _variance(_radicand(node, other, nodes), x, nodes)
-        if x is not None and epsilon is not None:
-            return _normalized(rewriter, node, nodes, "LayerNormalization", x, epsilon)
+        for axis in (-1, 1):
+            nodes: list[Node] = []
+            x = _centred(centred, nodes, axis)
+            epsilon = None if x is None else _variance(_radicand(node, other, nodes), x, nodes, axis)
+            if x is None or epsilon is None:
+                continue
+            if axis == -1:
+                return _normalized(rewriter, node, nodes, "LayerNormalization", x, epsilon)
+            return _normalized_channels(rewriter, node, nodes, x, epsilon)
     return NO_MATCH
+
+
+def channel_affine(rewriter: Rewriter, node: Node) -> Refusal | None:
+    """Mul by or Add of a constant per channel behind the Transpose of a normalized tensor -> the same before the Transpose."""
+    for tensor, operand in _both_orders(node):
+        transpose, array, shape = made_by(tensor, "Transpose"), ir.value(operand), ir.shape(tensor)
+        if transpose is None or array is None or shape is None or _normalization(transpose.inputs[0]) is None:
+            continue
+        per_channel = array.ndim in (len(shape) - 1, len(shape)) and array.shape[1 - len(shape)] == array.size
+        if transpose.attrs.get("perm") != _first(len(shape)) or not per_channel or array.size != static_axis(tensor, 1):
+            continue
+        if rewriter.only_user(tensor) is None:
+            return Refusal("something else reads the normalized tensor", tensor.name)
+        inner = rewriter.variable(f"{tensor.name}_affine", tensor.dtype, transpose.inputs[0].shape)
+        flat = rewriter.constant(operand.name, array.reshape(-1))
+        rewriter.node(node.op, [transpose.inputs[0], flat], [inner], origin=node)
+        moved = rewriter.node("Transpose", [inner], origin=transpose, perm=_first(len(shape)))
+        rewriter.take_output(moved, node.outputs[0])
+        rewriter.remove(node)
+        rewriter.remove(transpose)
+        return None
+    return NO_MATCH
+
+
+def _first(rank: int) -> list[int]:
+    """The permutation that moves the last axis to axis 1."""
+    return [0, rank - 1, *range(1, rank - 1)]
+
+
+def _normalized_channels(
+    rewriter: Rewriter, root: Node, nodes: Sequence[Node], x: Tensor, epsilon: float
+) -> Refusal | None:
+    """Put Transpose, LayerNormalization, Transpose in the place of the nodes, where the target asks for it."""
+    shape = ir.shape(x) or ()
+    if "channel-norm-as-layer-norm" not in rewriter.state.target.rewrites:
+        return Refusal(f"target {rewriter.state.target.name} does not ask for channel-norm-as-layer-norm", root.name)
+    last = rewriter.variable(f"{x.name}_last", x.dtype, [shape[0], *shape[2:], shape[1]])
+    rewriter.node("Transpose", [x], [last], origin=root, perm=[0, *range(2, len(shape)), 1])
+    refusal = _normalized(rewriter, root, nodes, "LayerNormalization", last, epsilon)
+    if refusal is None:
+        result = last.outputs[0].outputs[0]
+        normalized = rewriter.cut(result)
+        normalized.shape = last.shape
+        back = rewriter.node("Transpose", [normalized], origin=root, perm=_first(len(shape)))
+        rewriter.take_output(back, result)
+    return refusal
 
 
 def shifted_normalization(rewriter: Rewriter, node: Node) -> Refusal | None:
@@ -36,7 +90,7 @@ def shifted_normalization(rewriter: Rewriter, node: Node) -> Refusal | None:
             continue
         bias = ir.value(sub.inputs[0])
         for x, gain in _both_orders(scaled):
-            mean = next((_last_axis_mean(a) for a, b in _both_orders(shift) if b is gain), None)
+            mean = next((_mean(a) for a, b in _both_orders(shift) if b is gain), None)
             if bias is None or mean is None or mean.inputs[0] is not x:
                 continue
             nodes = [scaled, sub, shift, mean]
@@ -98,22 +152,22 @@ def _normalized(
     return collapse(rewriter, root, nodes, op, inputs, axis=-1, epsilon=epsilon)
 
 
-def _centred(tensor: Tensor, nodes: list[Node]) -> Tensor | None:
-    """x, if the tensor is x - ReduceMean(x) over the last axis."""
+def _centred(tensor: Tensor, nodes: list[Node], axis: int = -1) -> Tensor | None:
+    """x, if the tensor is x - ReduceMean(x) over the axis, the last one or 1."""
     sub = made_by(tensor, "Sub")
-    mean = None if sub is None else _last_axis_mean(sub.inputs[1])
+    mean = None if sub is None else _mean(sub.inputs[1], axis)
     if sub is None or mean is None or mean.inputs[0] is not sub.inputs[0]:
         return None
     nodes += [sub, mean]
     return sub.inputs[0]
 
 
-def _last_axis_mean(tensor: Tensor) -> Node | None:
+def _mean(tensor: Tensor, axis: int = -1) -> Node | None:
     node = made_by(tensor, "ReduceMean")
     if node is None or not node.attrs.get("keepdims", 1):
         return None
     shape = ir.shape(node.inputs[0])
-    return node if shape is not None and reduced_axes(node) == (len(shape) - 1,) else None
+    return node if shape and reduced_axes(node) == (axis % len(shape),) else None
 
 
 def _radicand(node: Node, tensor: Tensor, nodes: list[Node]) -> Tensor | None:
@@ -158,13 +212,13 @@ def _scaled_inverse(gain: Tensor, nodes: list[Node]) -> tuple[NDArray[np.float32
     return None, gain
 
 
-def _mean_square(tensor: Tensor | None, nodes: list[Node]) -> tuple[Tensor, float] | None:
+def _mean_square(tensor: Tensor | None, nodes: list[Node], axis: int = -1) -> tuple[Tensor, float] | None:
     """t and epsilon, if the tensor is the mean of t * t plus epsilon."""
     add = None if tensor is None else made_by(tensor, "Add")
     if add is None:
         return None
     for index in (0, 1):
-        epsilon, mean = scalar_operand(add, index), _last_axis_mean(add.inputs[1 - index])
+        epsilon, mean = scalar_operand(add, index), _mean(add.inputs[1 - index], axis)
         base = None if mean is None else squared(mean.inputs[0])
         if epsilon is not None and mean is not None and base is not None:
             nodes += [add, mean, mean.inputs[0].inputs[0]]
@@ -172,10 +226,10 @@ def _mean_square(tensor: Tensor | None, nodes: list[Node]) -> tuple[Tensor, floa
     return None
 
 
-def _variance(tensor: Tensor | None, x: Tensor, nodes: list[Node]) -> float | None:
+def _variance(tensor: Tensor | None, x: Tensor, nodes: list[Node], axis: int = -1) -> float | None:
     """Epsilon, if the tensor is the variance of x plus epsilon."""
-    found = _mean_square(tensor, nodes)
-    return found[1] if found is not None and _centred(found[0], nodes) is x else None
+    found = _mean_square(tensor, nodes, axis)
+    return found[1] if found is not None and _centred(found[0], nodes, axis) is x else None
 
 
 def fold_affine(rewriter: Rewriter, node: Node) -> Refusal | None:

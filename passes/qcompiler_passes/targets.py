@@ -77,6 +77,7 @@ INTEGER = Target(
             "QuickGelu",
             "RMSNormalization",
             "average-pool-as-conv",
+            "channel-norm-as-layer-norm",
             "conv-transpose-as-conv",
             "interpolation-as-product",
             "pool-as-reduce",
