@@ -1,7 +1,7 @@
 """The command in two processes: a worker that does the work, and a parent that survives what native code does to the worker.
 
 ONNX Runtime, the ONNX checker and shape inference are native code that reads foreign files. Some files kill them, others never
-let them return. The fork comes before anything heavy is imported, so that it costs a millisecond and hardly any memory. The
+let them return. The fork comes before anything heavy is imported, so that it costs 0.03 s and hardly any memory. The
 worker tells its parent through a pipe what it is about to do; the parent (`watch.py`) makes one line of its death.
 
 In a process that was not forked by `start`, all of this does nothing: `compile_model` runs where it is called.
