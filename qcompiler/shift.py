@@ -42,7 +42,7 @@ def is_shift(state: CompileState, node: Node) -> bool:
     So it is where both have the scale s, c is a multiple of it, and the zero points differ by c / s.
     """
     number, block = addend(node), state.blocks.get(node.name)
-    if number is None or block is None or not block.quantized or block.nodes != (node.name,):
+    if number is None or block is None or not block.quantized:
         return False
     before, after = state.params.get(activation(node).name), state.params.get(block.outputs[0])
     if before is None or after is None or before.axis is not None or after.axis is not None:

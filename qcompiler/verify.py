@@ -97,7 +97,7 @@ def _calibrated(state: CompileState) -> Iterator[str]:
 
     A zero point that something is rounded with is even: all but those behind an Add that only moves them.
     """
-    moved = {state.leader(n.outputs[0].name) for n in state.graph.nodes if is_shift(state, n)}
+    moved = {state.leader(state.blocks[n.name].outputs[0]) for n in state.graph.nodes if is_shift(state, n)}
     rounded = () if state.phase >= Phase.QDQ else [name for name in state.specs if state.leader(name) not in moved]
     for name in rounded:
         if name in state.params and state.params[name].zero_point % 2:

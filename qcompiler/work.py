@@ -202,8 +202,8 @@ class Accountant:
                 return [self._elements(f"int8.{root.op}", root)]
             functions = [self._elements(f"float.{_kind(self.nodes[n])}", self.nodes[n]) for n in block.nodes]
             return [self._elements("int8.table", root), *functions]
-        if len(block.nodes) == 1 and addend(root) is not None:
-            return [Work("int8.view")]
+        if addend(root) is not None:
+            return [Work("int8.view") if len(block.nodes) == 1 else self._elements("int8.Clip", root)]
         return [self._elements(f"int8.{_kind(root)}", root)]
 
     def _elements(self, kind: str, node: Node) -> Work:

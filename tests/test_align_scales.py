@@ -159,11 +159,23 @@ def test_dead_tensors_compile() -> None:
     assert_bit_identical(forms)
 
 
-@pytest.mark.parametrize("reader", ["y = Conv(g, w2)", "b = Conv(x, w1) s = Add(g, b) y = Conv(s, w2)"])
-def test_a_product_with_a_sum_of_its_operand_is_exact(reader: str) -> None:
-    """As in x * Clip(x + c, 0, 1); the second reader fixes the scale of the product."""
+def test_a_gate_shares_the_integers_of_its_operand() -> None:
+    """As in x * Clip(x + c, 0, 1): the sum moves the zero point by an even number, and is clipped as integers."""
+    state = aligned("a = Conv(x, w0) h = Add(a, half) c = Clip(h, zero, one) g = Mul(a, c) y = Conv(g, w2)",
+                    a=(-1.3, 2.9), c=(0, 1), g=(-0.2, 2.9))  # fmt: skip
+    assert floats(state) == {}
+    assert scale(state, "a") == scale(state, "c") == np.float32(0.5 / 30)
+    assert state.params["a"].zero_point - state.params["c"].zero_point == 30
+    assert quant.is_dyadic(quant.rescale(scale(state, "a"), scale(state, "c"), scale(state, "g")))
+
+
+@pytest.mark.parametrize(
+    ("low", "reader"), [(-0.3, "y = Conv(g, w2)"), (-1.3, "b = Conv(x, w1) s = Add(g, b) y = Conv(s, w2)")]
+)
+def test_a_product_with_a_sum_of_its_operand_is_exact(low: float, reader: str) -> None:
+    """As in x * Clip(x + c, 0, 1), where x is nowhere -c, or the second reader fixes the scale of the product."""
     body = f"a = Conv(x, w0) h = Add(a, half) c = Clip(h, zero, one) g = Mul(a, c) {reader}"
-    state = aligned(body, a=(-1.3, 2.9), c=(0, 1), g=(-0.2, 2.9))
+    state = aligned(body, a=(low, low + 4.2), c=(0, 1), g=(-0.2, 2.9))
     assert floats(state) == {}
     assert quant.is_dyadic(scale(state, "a") / scale(state, "c"), quant.RATIO_SHIFT)
     assert quant.is_dyadic(quant.rescale(scale(state, "a"), scale(state, "c"), scale(state, "g")))

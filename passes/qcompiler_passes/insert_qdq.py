@@ -106,6 +106,7 @@ class _Inserter:
         """Quantize the constants of a block and settle its activation."""
         if is_shift(self.state, root):
             self.shifts.append(root)
+            self._activation(root, block)
             self.made_by_block.update(block.outputs)
             return
         rule = quantized_rule(self.state.ops, root)

@@ -44,6 +44,7 @@ class ScaleSolver:
         for name in state.params:
             self.members.setdefault(state.leader(name), []).append(name)
         self.limits = self._limits()
+        self.lows = {name: block.low for block in state.blocks.values() for name in block.outputs}
         self.tensors = {t.name: t for t in ir.tensors(state.graph)}
         self.addends = self._addends()
         self.pinned: set[str] = set()
@@ -60,16 +61,15 @@ class ScaleSolver:
                     limits[leader] = min(limits.get(leader, np.inf), block.high / params.spec.steps * (1 + 1e-6))
         return limits
 
-    def _addends(self) -> dict[str, str]:
-        """The sums of an activation and a constant: result -> the activation."""
-        found = {}
-        for node in self.state.graph.nodes:
-            block = self.state.blocks.get(node.name)
-            if block is not None and block.quantized and node.op == "Add" and not node.domain:
-                variable = [t.name for t in node.inputs if not ir.is_constant(t)]
-                if len(variable) == 1:
-                    found[block.outputs[0]] = variable[0]
-        return found
+    def _addends(self) -> dict[str, Node]:
+        """The sums of an activation and a constant, by result."""
+        blocks = self.state.blocks
+        sums = [n for n in self.state.graph.nodes if n.name in blocks and n.op == "Add" and not n.domain]
+        return {
+            blocks[n.name].outputs[0]: n
+            for n in sums
+            if blocks[n.name].quantized and sum(not ir.is_constant(t) for t in n.inputs) == 1
+        }
 
     def params(self, name: str) -> QuantParams:
         """The params of the class of a tensor."""
@@ -140,23 +140,29 @@ class ScaleSolver:
         Nothing is rounded then, not even the number, which all zeros of x become.
         """
         number = addend(node)
-        if number is None or len(self.state.blocks[node.name].nodes) > 1:
+        if number is None:
             return False
         name = activation(node).name
         params = self.params(name)
-        multiple = int(COARSER * abs(number) / float(params.scale))
+        room = params.zero_point - params.spec.qmin if number > 0 else params.spec.qmax - params.zero_point
+        multiple = min(int(COARSER * abs(number) / float(params.scale)), room)
+        if len(self.state.blocks[node.name].nodes) > 1:
+            multiple -= multiple % 2  # the zero point behind a Clip is even, as all are that a Q has
         apart = self.state.leader(name) != self.state.leader(output)
         if not (multiple and apart and self.free(name) and self.free(output) and self._only_moved(output)):
             return False
         scale = np.float32(abs(number) / multiple)
+        if np.isclose(self.lows.get(name, np.nan), -number):  # so that the least integer is the bound
+            params = replace(params, zero_point=params.spec.qmin + multiple)
         behind = zero_point_behind(params.with_scale(scale), number)
         limit = self.limits.get(self.state.leader(name), np.inf)
         plain = params.axis is None and self.params(output).axis is None
         if behind is None or not plain or float(scale) > min(COARSEST * float(params.scale), limit):
             return False
         self.move(name, scale)
-        for member in self.members[self.state.leader(output)]:
-            self.state.params[member] = replace(self.params(name), zero_point=behind)
+        for tensor, zero_point in ((name, params.zero_point), (output, behind)):
+            for member in self.members[self.state.leader(tensor)]:
+                self.state.params[member] = replace(self.params(name), zero_point=zero_point)
         self.pin(name, output)
         return True
 
@@ -172,9 +178,14 @@ class ScaleSolver:
         return limit if limit > float(self.scale(c)) * 2.0**-shift * (1 + 1e-5) else np.inf
 
     def gate(self, a: str, b: str, c: str) -> None:
-        """c = a * b where b = a + constant, or the other way round: settle the ratio of a and b, which the product would pin."""
-        x, h = (a, b) if self.addends.get(b) == a else (b, a)
-        if self.addends.get(h) != x or not (self.free(x) and self.free(h)):
+        """c = a * b where b = a + constant, or the other way round: settle the ratio of a and b, which the product would pin.
+
+        It is 1 if the sum can only move the zero point.
+        """
+        x, h = (a, b) if self._sums(a, b) else (b, a)
+        if not (self._sums(x, h) and self.free(x) and self.free(h)):
+            return
+        if self.free(c) and self.shift(self.addends[h], h):
             return
         s_x, s_h = float(self.scale(x)), float(self.scale(h))
         if self.free(c):
@@ -183,6 +194,9 @@ class ScaleSolver:
         elif (pair := quant.snap_pair(s_x, s_h, float(self.scale(c)))) is not None:
             self.move(x, pair[0])
             self.move(h, pair[1])
+
+    def _sums(self, x: str, h: str) -> bool:
+        return h in self.addends and activation(self.addends[h]).name == x
 
     def mul(self, a: str, b: str, c: str) -> bool:
         """c = a * b: the factor a multiple of 2**-16; the result moves if it can, else an operand."""
