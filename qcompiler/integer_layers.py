@@ -1,7 +1,7 @@
 """LayerNorm, Softmax and attention in integer arithmetic: NumPy references, and the constants that stand for scales.
 
 After FQ-ViT (Lin et al. 2022, arXiv 2111.13824) and I-BERT (Kim et al. 2021, arXiv 2101.01321). What the compiler emits
-(`layer_functions`) equals these functions bit for bit. Tensors are quantized as in `quant`; that of a LayerNorm may have a
+(`layer_functions`) equals these functions bit for bit. Tensors are quantized as in `quant`; those around a LayerNorm may have a
 Power-of-Two Factor `2**alpha` per channel (FQ-ViT, section 3.2): x = scale * 2**alpha * (q - zero_point).
 """
 
@@ -67,7 +67,7 @@ class NormConstants:
     def of(cls, x: QuantParams, y: QuantParams, gamma: Array, beta: Array, epsilon: float) -> NormConstants:
         """For input and output params, weights of shape (channels,) and the float epsilon."""
         factors = 2 ** np.broadcast_to(np.asarray(x.exponents or 0, np.int64), gamma.shape)
-        steps = 2.0**NORM_BITS / float(y.scale)
+        steps = 2.0**NORM_BITS / y.scales.astype(np.float64)
         scaled = round(min(epsilon * (gamma.size / float(x.scale)) ** 2, _LARGEST_EPSILON))
         multiplier = np.rint(gamma.astype(np.float64) * steps).astype(np.int64)
         bias = np.rint(beta.astype(np.float64) * steps * 2**NORM_BITS).astype(np.int64)

@@ -79,6 +79,16 @@ def probabilities(q: np.ndarray, scale: float) -> np.ndarray:
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
+def test_layer_norm_gives_power_of_two_factors() -> None:
+    q, x, y, gamma, beta = norm(0.01)
+    factors = tuple(np.random.default_rng(4).integers(0, 4, gamma.size).tolist())
+    acc = integer_layers.layer_norm(q, x.zero_point, integer_layers.NormConstants.of(x, y, gamma, beta, 1e-5))
+    fine = integer_layers.NormConstants.of(x, replace(y, exponents=factors), gamma, beta, 1e-5)
+    np.testing.assert_allclose(
+        integer_layers.layer_norm(q, x.zero_point, fine) * 2.0 ** np.array(factors), acc, atol=2.0**24
+    )
+
+
 SCALES = [1e-5, 0.01, 0.1, 2.0, 1e4]
 
 

@@ -48,6 +48,8 @@ def factors(state: CompileState) -> dict[str, tuple[int, ...]]:
         (STREAM + "y = Add(m, s)", ["s"]),
         (STREAM + "t = Add(m, s) y = LayerNormalization(t, g)", ["s", "t"]),
         ("n = LayerNormalization(x, g) y = MatMul(n, v)", ["x"]),
+        ("n = LayerNormalization(x, g) k = LayerNormalization(n, g) y = MatMul(k, v)", ["n", "x"]),
+        ("n = LayerNormalization(x, g) m = MatMul(n, v) s = Add(m, n) y = LayerNormalization(s, g)", ["s", "x"]),
         (STREAM + "y = Add(m, s) output", ["s"]),  # a float reader gets dequantized values
         (STREAM + "c = Gather<axis=1>(s, first) d = MatMul(c, v) e = Gather<axis=1>(m, first) y = Add(d, e)", []),
         (STREAM + "r = Reshape(s, wide) t = MatMul(r, v) y = Add(m, t)", []),

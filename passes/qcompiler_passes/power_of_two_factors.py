@@ -72,9 +72,16 @@ def _takes_factors(state: CompileState, tensor: Tensor) -> bool:
                 return False
     maker = ir.producer(tensor)
     made = None if maker is None else state.blocks.get(maker.name)
-    if maker is not None and (made is None or (made.quantized and not _plain_sum(state, maker))):
+    if maker is not None and (
+        made is None or (made.quantized and not (_is_norm(state, maker) or _plain_sum(state, maker)))
+    ):
         return False
     return Lowering.NORM in lowerings and set(lowerings) <= {Lowering.NORM, Lowering.ADD}
+
+
+def _is_norm(state: CompileState, node: ir.Node) -> bool:
+    rule = rule_of(state.ops, node)
+    return rule is not None and rule.lowering is Lowering.NORM
 
 
 def _plain_sum(state: CompileState, node: ir.Node) -> bool:
