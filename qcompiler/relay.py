@@ -38,6 +38,8 @@ class Relay:
         """All outputs, in order, as `Session.run` gives them."""
         values = dict(feeds)
         for i, session in enumerate(self._sessions):
+            if not self._makes[i]:  # nothing behind it is wanted, and ONNX Runtime does not run what has no outputs
+                continue
             given = {name: values[name] for name in self._takes[i]} if i else feeds
             values |= zip(self._makes[i], session.run(names, given), strict=True)
             for name in self._dead[i]:

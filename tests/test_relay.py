@@ -91,3 +91,10 @@ def test_calibration_sees_the_same_in_sections(monkeypatch: pytest.MonkeyPatch) 
     assert list(parts) == list(whole) == names
     for name in names:
         np.testing.assert_allclose((parts[name].low, parts[name].high), (whole[name].low, whole[name].high), rtol=1e-6)
+
+
+def test_sections_without_outputs_do_not_run() -> None:
+    sections, given = split(model(), 3), feeds(True)
+    del sections[-1].graph.output[:]
+    wanted = runtime.run(runtime.session(model()), given)[0]
+    np.testing.assert_allclose(Relay(sections, ["a"]).run(None, given)[0], wanted, rtol=1e-6)
