@@ -27,6 +27,7 @@ CONSTANTS = {
     "scales": np.float32([1, 1, 2, 2]),
     "matrix": weights(1, 4),
     "rows": weights(3, 4),
+    "rows22": weights(2, 2),
     "flat": [1, 16],
     "three": [3, 16],
     "much": [64, 1, 16, 4],
@@ -191,3 +192,25 @@ def test_bounds_are_those_beyond_which_all_readers_saturate(readers: str, bounds
 def test_a_graph_output_has_no_bounds() -> None:
     state = annotated("c = Conv(x, w) t = HardSwish(c) y = Conv(t, w)", "float[] y, float[] c")
     assert (state.blocks["Conv_c"].low, state.blocks["Conv_c"].high) == (-math.inf, math.inf)
+
+
+ROTATED = "c = Cos(rows22) a = Conv(x, w) m = Mul(a, c) b = Conv(m, w) n = Mul(b, c) y = Conv(n, w)"
+
+
+def test_what_depends_on_no_layer_is_quantized_for_each_of_its_readers() -> None:
+    state = annotated(ROTATED, target=INTEGER)
+    muls = [n for n in state.graph.nodes if n.op == "Mul"]
+    assert all(state.blocks[n.name].quantized for n in muls)
+    copies = [n.inputs[1].name for n in muls]
+    assert len(set(copies)) == 2
+    assert all(name in state.specs for name in copies)
+    assert "c" not in state.specs
+    makers = [ir.producer(n.inputs[1]) for n in muls]
+    assert [m.op for m in makers if m is not None] == ["Identity", "Identity"]
+
+
+def test_targets_with_kernels_quantize_no_tensor_for_its_readers_sake() -> None:
+    state = annotated(ROTATED)
+    assert [state.blocks[n.name].reason for n in state.graph.nodes if n.op == "Mul"] == [
+        "its input 'c' is a float tensor"
+    ] * 2

@@ -586,3 +586,45 @@ def test_split_channel_shuffle_with_another_reader_stays() -> None:
     shapes = {"first": np.array([3, 2, 20]), "last": np.array([2, -1, 3, 4, 5]), "i0": np.array(0), "i1": np.array(1)}
     found = _refusals(_model(PARTS + "Sum(l, r, c)", "1,6,4,5", **shapes))
     assert found["n3"] == "something else reads the shuffled tensor: n2"
+
+
+IN_PARTS = replace(ALL, rewrites=frozenset({"attention-as-products"}))
+HEADS = {"seen": np.tril(np.ones((4, 4), bool)), "bias": np.linspace(-2, 2, 16, dtype=np.float32).reshape(4, 4)}
+
+
+def _attention(call: str) -> onnx.ModelProto:
+    arrays = {name: array for name, array in HEADS.items() if name in call}
+    model = model_from_text(
+        f"g (float[2,3,4,8] x, float[2,3,4,8] k, float[2,3,4,8] v) => (float[2,3,4,8] y) {{ {call} }}", arrays, 23
+    )
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "ops"),
+    [
+        ("y = Attention(x, k, v)", []),
+        ("y = Attention<scale = 0.5>(x, k, v)", []),
+        ("y = Attention<is_causal = 1>(x, k, v)", ["Add"]),
+        ("y = Attention(x, k, v, bias)", ["Add"]),
+        ("y = Attention(x, k, v, seen)", ["Where", "Add"]),
+    ],
+)
+def test_attention_in_its_parts(call: str, ops: list[str]) -> None:
+    model = _attention(call)
+    after, _ = run_passes(model, Recompose(), target=IN_PARTS)
+    assert sorted(ops_of(after)) == sorted(["Transpose", "Mul", "MatMul", "Softmax", "MatMul", *ops])
+    assert_same_function(model, after)
+    assert ops_of(run_passes(model, Recompose(), target=ALL)[0]) == ["Attention"]
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ("y = Attention<softcap = 2.0>(x, k, v)", "softcap or softmax_precision is set"),
+        ("y, a, b, c = Attention(x, k, v)", "it has a cache, or gives more than attention"),
+    ],
+)
+def test_attention_that_stays(call: str, reason: str) -> None:
+    refusals = _refusals(_attention(call), IN_PARTS)
+    assert [r.split(":")[0] for r in refusals.values()] == [reason]

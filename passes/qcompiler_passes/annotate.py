@@ -62,8 +62,8 @@ def annotate(state: CompileState, reasons: Mapping[str, str]) -> None:
     for root, block in state.blocks.items():
         reason = choice.reasons.get(root, "")
         state.blocks[root] = replace(block, quantized=not reason, reason=reason)
-    _own_constants(state)
-    for block in state.blocks.values():
+    _own_constants(state, choice)
+    for block in list(state.blocks.values()):
         if block.quantized:
             _specify(state, choice, block)
     for block in list(state.blocks.values()):
@@ -81,6 +81,7 @@ class _Choice:
         self.rules = {root: rule for root in state.blocks if (rule := rule_of(state.ops, self.nodes[root]))}
         self.block_of = {name: root for root, block in state.blocks.items() for name in block.nodes}
         self.reasons: dict[str, str] = {}
+        self.joined: dict[str, tuple[str, ...]] = {}
         for root, block in state.blocks.items():
             reason = self._kept(block) or self._unfit(self.nodes[root]) or reasons.get(root)
             if reason:
@@ -148,7 +149,10 @@ class _Choice:
         """
         joins = rule.lowering in (Lowering.ADD, Lowering.MUL) and not self.state.target.kernels
         others = [t for t in node.inputs if t is not tensor]
-        return joins and is_aside(tensor) and any(not ir.is_constant(t) and not is_aside(t) for t in others)
+        if not joins or not is_aside(tensor) or all(ir.is_constant(t) or is_aside(t) for t in others):
+            return False
+        self.joined[node.name] = (tensor.name,)
+        return True
 
     def _gives_float(self, root: str) -> bool:
         """Whether a kernel with a float result makes what this block passes on, so that a float function costs no Q and DQ."""
@@ -217,10 +221,12 @@ def _is_attention(state: CompileState, choice: _Choice, name: str) -> bool:
     return bool(readers)
 
 
-def _own_constants(state: CompileState) -> None:
-    """Give every quantized block its own copy of the constants that it shares: their scales will differ."""
+def _own_constants(state: CompileState, choice: _Choice) -> None:
+    """Give every quantized block its own copy of the constants that it shares, and of tensors that it joins: their scales will
+    differ.
+    """
     rewriter = Rewriter(state)
-    for node in state.graph.nodes:
+    for node in list(state.graph.nodes):
         block = state.blocks.get(node.name)
         if block is None or not block.quantized:
             continue
@@ -229,6 +235,18 @@ def _own_constants(state: CompileState) -> None:
             array = ir.value(tensor)
             if array is not None and rule.role(index) is not Role.OTHER and len(tensor.outputs) > 1:
                 rewriter.set_input(node, index, rewriter.constant(tensor.name, array))
+            elif tensor.name in choice.joined.get(node.name, ()) and len(rewriter.users(tensor)) > 1:
+                _own_copy(rewriter, node, index)
+    ir.toposort(state.graph)
+
+
+def _own_copy(rewriter: Rewriter, node: Node, index: int) -> None:
+    """Let a node read a copy of an input, in a float block of its own."""
+    tensor = node.inputs[index]
+    copy = rewriter.variable(f"{tensor.name}_copy", tensor.dtype, tensor.shape)
+    made = rewriter.node("Identity", [tensor], [copy], origin=node, hint=copy.name)
+    rewriter.set_input(node, index, copy)
+    rewriter.state.blocks[made.name] = Block(made.name, (made.name,), (copy.name,), reason="it copies a float tensor")
 
 
 def _specify(state: CompileState, choice: _Choice, block: Block) -> None:

@@ -26,6 +26,7 @@ from qcompiler_passes.match import (
     scalar_operand,
     source,
 )
+from qcompiler_passes.recompose_attention import attention
 from qcompiler_passes.recompose_layers import channel_shuffle, softmax
 from qcompiler_passes.recompose_masks import finite_mask, masked_softmax
 from qcompiler_passes.recompose_norms import (
@@ -267,6 +268,7 @@ RULES: dict[str, Rule] = {
     "Div": first_of(gated, hard_sigmoid, layer_normalization, rms_normalization, softmax),
     "Add": first_of(fold_affine, channel_affine, shifted_normalization, finite_mask),
     "Softmax": masked_softmax,
+    "Attention": attention,
     "Reshape": channel_shuffle,
     "Gather": channel_shuffle,
 }

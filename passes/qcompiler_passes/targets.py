@@ -76,6 +76,7 @@ INTEGER = Target(
             "MaskedSoftmax",
             "QuickGelu",
             "RMSNormalization",
+            "attention-as-products",
             "average-pool-as-conv",
             "channel-norm-as-layer-norm",
             "conv-transpose-as-conv",
