@@ -80,6 +80,9 @@ def transformer(text: str = TEXT) -> onnx.ModelProto:
         "half": np.float32(0.5),
         "first": np.int64(0),
         "tokens_axis": np.int64([1]),
+        "last_axis": np.int64([-1]),
+        "eps": np.float32(1e-5),
+        "lowest": np.float32(-np.inf),
         "s_flat": [0, WIDTH, TOKENS],
         "s_class": [1, WIDTH],
         "s_heads": [0, TOKENS + 1, HEADS, WIDTH // HEADS],
@@ -238,3 +241,37 @@ def test_other_targets_keep_these_layers_in_float() -> None:
     result = compile_model(transformer(), samples(8), compare=False)
     assert {"Softmax", "LayerNormalization"} <= set(ops(result.model))
     assert not result.model.functions
+
+
+def test_rms_norms_that_the_opset_lacks_are_integer() -> None:
+    written = (
+        "sq = Mul(x1, x1) ms = ReduceMean<keepdims=1>(sq, last_axis) me = Add(ms, eps) dv = Sqrt(me) iv = Reciprocal(dv) "
+        "nn = Mul(x1, iv) n2 = Mul(nn, g2)"
+    )
+    model = transformer(TEXT.replace("n2 = LayerNormalization<axis=-1>(x1, g2, b2)", written))
+    result = compile_model(model, samples(16), target="integer", emit="integer", passes=LEVELS["O1"], compare=False)
+    assert float_nodes(result.model) == {"QuantizeLinear", "DequantizeLinear"}
+    assert ops(result.model).count("IntRMSNorm") == 1
+    wanted = np.concatenate([runtime.run(runtime.session(model), feeds)[0] for feeds in samples(40, seed=1)])
+    assert 10 * np.log10(np.square(wanted).sum() / np.square(outputs(result.model) - wanted).sum()) > 22
+
+
+def test_masks_from_inputs_give_the_same_bits_in_all_forms() -> None:
+    scored = "scaled0 = Mul(scores, half) seen = Cast<to=9>(kept) scaled = Where(seen, scaled0, lowest)"
+    text = TEXT.replace("scaled = Mul(scores, half)", scored).replace("image) =>", "image, int64[1,1,1,10] kept) =>")
+    model = transformer(text)
+    rng = np.random.default_rng(3)
+    kept = [(rng.random((1, 1, 1, TOKENS + 1)) < 0.7).astype(np.int64) for _ in range(16)]
+    feeds = [s | {"kept": k} for s, k in zip(samples(16), kept, strict=True)]
+    text = LEVELS["O1"].split(",lower-integer")[0]
+    qdq, integer = (
+        compile_model(model, feeds, target="integer", passes=passes, compare=False).model
+        for passes in (text, f"{text},lower-integer,fold-scales,cleanup")
+    )
+    assert {"MaskedLogIntSoftmax", "QuantizeMask"} <= set(ops(integer))
+    for given in feeds[:2]:
+        first, second, wanted = (runtime.run(runtime.session(m), given)[0] for m in (qdq, integer, model))
+        np.testing.assert_array_equal(first, second)
+        with np.errstate(over="ignore"):  # -inf times a number is asked for
+            np.testing.assert_array_equal(ReferenceEvaluator(integer).run(None, given)[0], second)
+        assert 10 * np.log10(np.square(wanted).sum() / np.square(second - wanted).sum()) > 15

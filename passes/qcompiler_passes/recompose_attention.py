@@ -33,7 +33,7 @@ def attention(rewriter: Rewriter, node: Node) -> Refusal | None:
     scale = float(node.attrs.get("scale", width**-0.5))
     tokens, others = (ir.shape(t) or () for t in (q, k))
 
-    def made(op: str, inputs: list[Tensor], shape: Sequence[int | str], **attrs: Any) -> Tensor:
+    def made(op: str, inputs: list[Tensor], shape: Sequence[int | str | None], **attrs: Any) -> Tensor:
         result = rewriter.variable(f"{node.name}_{op}", np.dtype(np.float32), shape)
         rewriter.node(op, inputs, [result], origin=node, hint=f"{node.name}_{op}", **attrs)
         return result
