@@ -44,7 +44,8 @@ class Recompose:
 
     Makes Relu, Clip, LeakyRelu, HardSigmoid, HardSwish, Gelu, LayerNormalization, RMSNormalization and Softmax; QuickGelu, a
     Gather of channels and Softmax with its mask where the target asks for them. Operators that the model's opset lacks are not
-    made, but for RMSNormalization as a function where the target asks for that.
+    made, but for RMSNormalization as a function where the target asks for that. It may also ask for LayerNormalization of
+    channels, and for Attention in its parts.
     """
 
     name: ClassVar[str] = "recompose"
