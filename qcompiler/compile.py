@@ -57,7 +57,7 @@ def compile_model(
 
     calib: a path (images, .npy, .npz, test data), or samples: arrays or mappings from input names to arrays; see `data`.
     verify: check the invariants after every pass. compare: measure accuracy and speed against the float model on samples
-    that are held back from calibration; where outputs are below 10 dB leave layers in float, or warn if that does not help;
+    that are held back from calibration; where outputs are below 10 dB leave layers in float, with a warning if that takes all;
     without `timed` measure no speed. dump: a folder for a snapshot after every pass, or with dump_changed after those that
     changed something. reproduce: a new folder for what reproduces the crash of a pass. instruments: what else watches the
     passes. eval: labelled data or a function that judges both models; see `evaluate`. min_sqnr, max_drop: keep the fewest and
@@ -90,12 +90,13 @@ def compile_model(
     if compare:
         _compare(report, job, compiled, timed)
     if compare and report.warnings and not goal and job.split is not None and choices.mode in (None, STATIC):
-        reached = _rescue(prepare(model, calib, choices))
-        if reached is not None:
-            choices = replace(choices, keep_float={**job.state.keep_float, **reached.reasons})
+        reached, kept = _rescue(prepare(model, calib, choices))
+        if kept:
+            fault, choices = report.warnings[0], replace(choices, keep_float={**job.state.keep_float, **kept})
             job = prepare(model, calib, choices)
             compiled, report = _run(job, watch, lambda: prepare(model, calib, choices))
             _compare(report, job, compiled, timed)
+            report.warnings += [] if reached else [f"nothing is quantized, because in int8 {fault}"]
     if judged is not None:
         report.score = evaluate(judged, job.float_model, compiled)
     report.reached = reached
@@ -180,16 +181,16 @@ def _keep_for(goal: Goal, job: Job, judged: Judge | None, seen: int = 0) -> Reac
     return reach(Trials(job.state, job.pipeline, probes, figures, job.guards), goal)
 
 
-def _rescue(job: Job) -> Reached | None:
-    """The layers that have to stay float for outputs near the float model's; None if no choice does it that quantizes anything.
+def _rescue(job: Job) -> tuple[Reached | None, dict[str, str]]:
+    """The layers that have to stay float for outputs near the float model's, with the reasons: all if no other choice does it.
 
     Outputs may be far off because held-back samples go beyond what calibrated, which those that calibrated do not show.
     """
     try:
         reached = _keep_for(Goal(min_sqnr=SQNR_FLOOR), job, None, seen=PROBES)
     except UserError:
-        return None
-    return reached if reached.reasons else None
+        return None, {} if is_quantized(job.float_model) else {"*": "no choice of layers in int8 keeps the outputs"}
+    return (reached, reached.reasons) if reached.reasons else (None, {})
 
 
 def _describe_samples(report: Report, split: Split) -> None:

@@ -252,7 +252,7 @@ def test_types_that_numpy_lacks_may_occur_inside() -> None:
     body = "b = Cast<to=16>(x) r = Reshape(b, s) f = Cast<to=1>(r) y = MatMul(f, w)"
     text = f"g (float[2,2] x) => (float[1,3] y) <int64[2] s = {{1,4}}> {{ {body} }}"
     model = model_from_text(text, {"w": np.eye(4, 3, dtype=np.float32)})
-    report = compile_model(model, [{"x": np.full((2, 2), i, np.float32)} for i in range(4)]).report
+    report = compile_model(model, [{"x": np.full((2, 2), i, np.float32)} for i in (3, 0, 2, 1)]).report
     assert [la.op for la in report.layers if la.quantized] == ["MatMul"]
 
 
@@ -527,11 +527,19 @@ def test_layers_stay_float_where_outputs_would_be_far_off(layers: int) -> None:
     assert any(layer.quantized for layer in report.layers)
 
 
-def test_what_no_layer_in_float_mends_has_a_warning() -> None:
+def test_all_stays_float_with_a_warning_where_no_choice_of_layers_would_do() -> None:
     data = [np.random.default_rng(i).standard_normal((1, 8, 16, 16)).astype(np.float32) for i in range(8)]
-    report = compile_model(difference_of_like_tensors("y = Relu(d)"), data, timed=False).report
+    result = compile_model(difference_of_like_tensors("y = Relu(d)"), data, timed=False)
+    report = result.report
     assert report.reached is None
-    assert "is far from the float model's" in report.warnings[0]
+    assert [w.partition(" dB")[0].rpartition(": ")[0] for w in report.warnings] == [
+        "nothing is quantized, because in int8 output 'y' is far from the float model's"
+    ]
+    assert not any(layer.quantized for layer in report.layers)
+    assert report.outputs[0].sqnr is None or report.outputs[0].sqnr > 80
+    forced = compile_model(difference_of_like_tensors("y = Relu(d)"), data, timed=False, min_sqnr=-99).report
+    assert any(layer.quantized for layer in forced.layers)
+    assert "is far from the float model's" in forced.warnings[0]
 
 
 def test_layers_stay_float_that_held_back_samples_show() -> None:
