@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if argv is None and "--debug" not in arguments:
+        warnings.simplefilter("ignore")  # of libraries, about their own numbers and interfaces
     supervise.prepare()
     code = supervise.start("--debug" in arguments) if argv is None else None
     sys.exit(_run(arguments) if code is None else code)

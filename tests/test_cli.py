@@ -380,6 +380,14 @@ def test_ctrl_c(folder: Path) -> None:
     assert not (folder / "net.int8.onnx").exists()
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_warnings_of_libraries_are_for_debugging(folder: Path, debug: bool) -> None:
+    body = "import warnings; warnings.warn('overflow'); return 0"
+    arguments = [sys.executable, "-m", "qcompiler", *map(str, broken(folder, body)), *["--debug"][:debug]]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, "overflow" in done.stderr) == (0, debug)
+
+
 def test_a_reader_that_goes_away_does_no_harm(folder: Path) -> None:
     read, write = os.pipe()
     os.close(read)
