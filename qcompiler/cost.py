@@ -1,7 +1,8 @@
 """What inference costs: the work of a model in units, and a table of what a unit takes on a machine.
 
 A table is linear. Each kind of work (`float.pointwise`, `int8.depthwise`, `quantize.map` …) has nanoseconds per node, per
-multiply-accumulate, per element read and so on, and the time of a model is the sum over its work.
+multiply-accumulate, per element read and so on, and the time of a model is the sum over its work. Not all kernels use a second
+thread, so a table may hold one for two threads as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from qcompiler.errors import UserError
 
 FORMAT = 1
+ONE, TWO = "nanoseconds", "nanoseconds on two threads"
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ UNITS = tuple(f.name for f in fields(Work) if f.name != "kind")
 
 @dataclass(frozen=True)
 class CostTable:
-    """Nanoseconds per unit, by kind of work. `machine`: where it was measured, for people."""
+    """Nanoseconds per unit, by kind of work, on one thread. `machine`: where it was measured, for people. `two`: the same on two
+    threads, if measured.
+    """
 
     kinds: Mapping[str, Mapping[str, float]]
     machine: Mapping[str, str] = field(default_factory=dict)
+    two: CostTable | None = None
 
     def seconds(self, work: Work) -> float:
         """The time of one piece of work; kinds that the table lacks cost what `float.other` or `int8.other` does."""
@@ -70,12 +75,16 @@ class CostTable:
 
     def to_json(self) -> str:
         """The text of a table file."""
+        rates = {ONE: self._lines()} | ({} if self.two is None else {TWO: self.two._lines()})
+        tables = ", ".join(f'"{name}": {{\n{lines}\n}}' for name, lines in rates.items())
+        return f'{{"format": {FORMAT}, "machine": {json.dumps(dict(self.machine))}, {tables}}}\n'
+
+    def _lines(self) -> str:
         kinds = {
             kind: {unit: float(f"{rate:.4g}") for unit, rate in rates.items() if rate}
             for kind, rates in sorted(self.kinds.items())
         }
-        lines = ",\n".join(f"  {json.dumps(kind)}: {json.dumps(rates)}" for kind, rates in kinds.items())
-        return f'{{"format": {FORMAT}, "machine": {json.dumps(dict(self.machine))}, "nanoseconds": {{\n{lines}\n}}}}\n'
+        return ",\n".join(f"  {json.dumps(kind)}: {json.dumps(rates)}" for kind, rates in kinds.items())
 
 
 def read_table(path: Path) -> CostTable:
@@ -99,10 +108,12 @@ def _parse(text: str) -> CostTable:
     data = json.loads(text)
     if data["format"] != FORMAT:
         raise ValueError("unknown format")
-    kinds = {
-        str(kind): {unit: float(rates[unit]) for unit in UNITS if unit in rates}
-        for kind, rates in data["nanoseconds"].items()
-    }
+    two = CostTable(_rates(data[TWO])) if TWO in data else None
+    return CostTable(_rates(data[ONE]), {str(k): str(v) for k, v in data["machine"].items()}, two)
+
+
+def _rates(data: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    kinds = {str(kind): {unit: float(rates[unit]) for unit in UNITS if unit in rates} for kind, rates in data.items()}
     if not all(rate >= 0 for rates in kinds.values() for rate in rates.values()):
         raise ValueError("a rate is negative")
-    return CostTable(kinds, {str(k): str(v) for k, v in data["machine"].items()})
+    return kinds

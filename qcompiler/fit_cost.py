@@ -28,7 +28,7 @@ from qcompiler.work import Accountant
 
 Matrix = NDArray[np.float64]
 
-SLICE = 0.006
+SLICE = 0.005
 """Seconds of one network in each round: short, so that each is timed at many moments, of which the quietest counts."""
 
 _OTHER_DATA = np.zeros(3 << 20, np.uint8)
@@ -63,31 +63,37 @@ OUTLIER = 0.1
 
 @dataclass
 class Timed:
-    """A network in one precision: its work, and the least CPU seconds of one run."""
+    """A network in one precision: its work, a session on one thread and one on two, and the least seconds of a run of each."""
 
     work: list[Work]
-    runner: Session
+    runners: tuple[Session, Session]
     sample: NDArray[np.float32]
-    seconds: float = float("inf")
+    seconds: tuple[float, float] = (float("inf"), float("inf"))
 
     def run(self) -> None:
-        """Run for a slice of time."""
-        feeds, end = {"x": self.sample}, time.perf_counter() + SLICE
-        while True:
+        """Run for a slice of time on one thread, and for one on two."""
+        one, two = self.runners
+        self.seconds = (
+            min(self.seconds[0], self._least(one, time.thread_time)),
+            min(self.seconds[1], self._least(two, time.perf_counter)),
+        )
+
+    def _least(self, runner: Session, clock: Callable[[], float]) -> float:
+        feeds, end, least = {"x": self.sample}, time.perf_counter() + SLICE, float("inf")
+        while time.perf_counter() < end:
             _OTHER_DATA[:] += 1
-            start = time.thread_time()
-            self.runner.run(None, feeds)
-            self.seconds = min(self.seconds, time.thread_time() - start)
-            if time.perf_counter() > end:
-                return
+            start = clock()
+            runner.run(None, feeds)
+            least = min(least, clock() - start)
+        return least
 
 
 def measure_table(
-    networks: Sequence[Net], seconds: float = 30.0, progress: Callable[[int, int | None], None] | None = None
+    networks: Sequence[Net], seconds: float = 25.0, progress: Callable[[int, int | None], None] | None = None
 ) -> tuple[CostTable, float]:
-    """Time the networks in turns for about so many seconds, after compiling them, and fit the rates.
+    """Time the networks in turns for about so many seconds, after compiling them, and fit the rates, on one thread and on two.
 
-    Returns the table and the median of its relative errors.
+    Returns the table and the median of its relative errors on one thread.
     """
     timed: list[Timed] = []
     for i, net in enumerate(networks):
@@ -101,8 +107,9 @@ def measure_table(
         if time.perf_counter() > end:
             break
     machine = {"cpu": _cpu(), "system": platform.system(), "onnxruntime": version("onnxruntime")}
-    table = CostTable(fit([t.work for t in timed], np.array([t.seconds for t in timed])), machine)
-    return table, float(np.median([abs(table.total(t.work) / t.seconds - 1) for t in timed]))
+    works, times = [t.work for t in timed], np.array([t.seconds for t in timed])
+    table = CostTable(fit(works, times[:, 0]), machine, CostTable(fit(works, times[:, 1])))
+    return table, float(np.median([abs(table.total(t.work) / t.seconds[0] - 1) for t in timed]))
 
 
 def compiled(net: Net) -> list[Timed]:
@@ -119,7 +126,10 @@ def compiled(net: Net) -> list[Timed]:
     works = list(job.state.float_work), accountant.total(quantized)
     Pipeline(tuple(passes[chosen:])).run(job.state, [])
     models = model, ir.to_proto(job.state.graph)
-    return [Timed(work, runtime.session(m), sample) for work, m in zip(works, models, strict=True)]
+    return [
+        Timed(work, (runtime.session(model), runtime.session(model, threads=2, idle=True)), sample)
+        for work, model in zip(works, models, strict=True)
+    ]
 
 
 def fit(works: Sequence[Sequence[Work]], seconds: Matrix) -> dict[str, dict[str, float]]:

@@ -49,6 +49,7 @@ def session(
     *,
     optimize: bool = True,
     threads: int = 1,
+    idle: bool = False,
     low_memory: bool = False,
     consume: bool = False,
     keep_float: bool = False,
@@ -57,17 +58,19 @@ def session(
 ) -> Session:
     """Make a session.
 
-    `optimize`: all graph optimizations, or none. `threads`: of one operator; 0 means all cores. `low_memory`: run each node as
-    soon as it can, so that reductions free their inputs early. `consume`: empty the ModelProto, so that no large model is held
-    twice. `keep_float`: leave the weights of float operators between DQ and Q as they are, even if nothing guards them against
-    ONNX Runtime, which rounds them per tensor. `optimized`: where to write the graph that really runs, its constants beside it.
-    `profile`: prefix of a trace file.
+    `optimize`: all graph optimizations, or none. `threads`: of one operator; 0 means all cores. `idle`: let other threads
+    sleep between runs, not wait busily. `low_memory`: run each node as soon as it can, so that reductions free their inputs
+    early. `consume`: empty the ModelProto, so that no large model is held twice. `keep_float`: leave the weights of float
+    operators between DQ and Q as they are, even if nothing guards them against ONNX Runtime, which rounds them per tensor.
+    `optimized`: where to write the graph that really runs, its constants beside it. `profile`: prefix of a trace file.
     Raises RuntimeError, with ONNX Runtime's message, for a model that it does not load.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     options.use_deterministic_compute = True
     options.intra_op_num_threads = threads
+    if idle:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if low_memory:

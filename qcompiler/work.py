@@ -20,6 +20,7 @@ from qcompiler.state import Block, CompileState
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _WRITTEN_OUT = frozenset({"HardSigmoid", "HardSwish"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
+_FUSED_WITH_CONV = frozenset({"HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "LeakyRelu"})
 _PER_ELEMENT = frozenset({"Relu", "Sigmoid", "Tanh", "Clip", "LeakyRelu"})
 
 LONGEST = 4
@@ -150,6 +151,8 @@ class Accountant:
             yield product("float", node, self.shapes)
         elif node.op == "Add" and self._joins_conv(node):
             yield self._elements("float.Add.fused", node)
+        elif self._ends_conv(node):
+            yield self._elements(f"float.{node.op}.fused", node)
         else:
             yield self._elements(f"float.{_kind(node)}", node)
         yield from self._reorders(node)
@@ -160,6 +163,12 @@ class Accountant:
             return False
         makers = [ir.producer(t) for t in node.inputs if len(t.outputs) == 1]
         return any(m is not None and m.op == "Conv" for m in makers)
+
+    def _ends_conv(self, node: Node) -> bool:
+        """Whether the function happens inside the convolution that makes its input."""
+        maker = ir.producer(node.inputs[0])
+        alone = len(node.inputs[0].outputs) == 1 and not ir.is_output(self.state.graph, node.inputs[0])
+        return node.op in _FUSED_WITH_CONV and alone and maker is not None and maker.op == "Conv"
 
     def _reorders(self, node: Node) -> Iterator[Work]:
         """Conversions between the layouts of float tensors."""

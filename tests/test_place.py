@@ -158,3 +158,21 @@ def test_traps_are_found() -> None:
     net = Net(1, 16, 8, 8).conv().op("MaxPool", kernel_shape=[2, 2]).conv()
     model = compile_model(net.model(), [sample], keep_float=("node_t0", "node_t2"), passes=text, compare=False).model
     assert "MaxPool" in find_traps(model, runtime.optimized(model))[0]
+
+
+def test_what_pays_on_one_thread_only_stays_float(tmp_path: Path) -> None:
+    """A second thread helps the float operator alone."""
+    rates = {"float.depthwise": {"nodes": 9e4}, "int8.depthwise": {"nodes": 6e4}}
+    one = {**CHEAP, **rates}
+    two = {**CHEAP, **rates, "float.depthwise": {"nodes": 4.5e4}}
+    for table, count in (
+        (CostTable(one), 2),
+        (CostTable(one, two=CostTable(one)), 2),
+        (CostTable(one, two=CostTable(two)), 0),
+    ):
+        state = annotated(Net(1, 16, 4, 4).depthwise().depthwise())
+        (tmp_path / "a.json").write_text(table.to_json())
+        Place(profile=str(tmp_path / "a.json")).run(state)
+        assert len(quantized(state)) == count
+    for block in state.blocks.values():
+        assert block.reason.startswith("faster in float here on two threads: 0.045 ms against 0.06")

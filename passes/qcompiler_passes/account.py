@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,11 +15,16 @@ from qcompiler_passes.expand_operators import ExpandOperators
 from qcompiler_passes.fold_width import FoldWidth
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.pad_channels import PadChannels
-from qcompiler_passes.place import Place
+from qcompiler_passes.place import Place, costs_of
 from qcompiler_passes.split_groups import SplitGroups
 
-CHOICES: tuple[tuple[str, ...], ...] = (("fold-width", "pad-channels"), ("fold-width",), ())
-"""What may be left out. These rewrites speed integers up, but slow down what `place` then keeps in float."""
+CHOICES: tuple[tuple[str, ...], ...] = (
+    ("fold-width", "pad-channels"),
+    ("fold-width",),
+    (),
+    ("fold-width", "pad-channels", "expand-activations"),
+)
+"""What may be left out. These rewrites speed integers up on one thread, but slow down what `place` then keeps in float."""
 
 MARGIN = 0.98
 """A rewrite must save this much of the predicted time."""
@@ -55,19 +61,20 @@ class Account:
         return 0
 
     def _choose(self, state: CompileState) -> None:
-        best = float("inf")
+        best, tried = (True, math.inf), set()
         for skip in CHOICES:
-            twin, rewrites = _twin(state), 0
-            for always in (ExpandOperators(), ExpandActivations(), SplitGroups()):
-                always.run(twin)
-            for optional in (PadChannels(), FoldWidth()):
-                rewrites += 0 if optional.name in skip else optional.run(twin)
-            if skip != CHOICES[0] and not rewrites:
+            twin, used = _twin(state), []
+            for rewrite in (ExpandOperators(), ExpandActivations(), SplitGroups(), PadChannels(), FoldWidth()):
+                if rewrite.name not in skip and rewrite.run(twin):
+                    used.append(rewrite.name)
+            if tuple(used) in tried:
                 continue
+            tried.add(tuple(used))
             for stage in (FormBlocks(), Annotate(), Place(self.objective, self.profile)):
                 stage.run(twin)
-            if twin.predicted is not None and twin.predicted[1] < MARGIN * best:
-                best, state.skip = twin.predicted[1], skip
+            costs = costs_of(twin, self.profile)
+            if costs is not None and costs.rank() < (best[0], MARGIN * best[1]):
+                best, state.skip = costs.rank(), skip
 
 
 def _twin(state: CompileState) -> CompileState:

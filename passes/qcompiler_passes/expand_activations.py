@@ -32,7 +32,7 @@ class ExpandActivations:
     def run(self, state: CompileState) -> int:
         """Return the number of activations expanded."""
         rules: dict[str, Rule] = {"HardSigmoid": hard_sigmoid, "HardSwish": hard_swish}
-        return apply_rules(Rewriter(state), rules)
+        return 0 if self.name in state.skip else apply_rules(Rewriter(state), rules)
 
 
 def hard_sigmoid(rewriter: Rewriter, node: Node) -> Refusal | None:

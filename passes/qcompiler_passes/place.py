@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qcompiler import ir
 from qcompiler.concrete_shapes import concrete_shapes
-from qcompiler.cost import CostTable, read_table, shipped_table
+from qcompiler.cost import CostTable, Work, read_table, shipped_table
 from qcompiler.errors import UserError
 from qcompiler.ir import Tensor
 from qcompiler.state import CompileState, Phase
@@ -25,6 +25,12 @@ SMALL = 1e-4
 FOR_SIZE = 0.02
 """The share of the float time that a smaller file may cost."""
 
+ATTEMPTS = ((FOR_SIZE, 0.5), (0.0, 0.5), (0.0, 1.0))
+"""What a smaller file may cost, and how much the time on two threads counts, until a placement is not slower than float."""
+
+DOUBT = 0.05
+"""The share by which a placement must be predicted to be faster than float on two threads, where predictions are worse."""
+
 TICK = 1e-12
 """Seconds per unit of the flow network, whose capacities are integers so that the cut is exact."""
 
@@ -37,7 +43,8 @@ class Place:
     one with more integers, hence the smaller file.
 
     The choice is a minimum cut. Each block lies on the integer or on the float side; it costs its own time there, and each tensor
-    between the sides costs one conversion, however many read it.
+    between the sides costs one conversion, however many read it. Where the table tells what two threads take, the time is the
+    mean of both, as shares of the float model's times, and no placement is chosen that is predicted to be slower on either.
 
     `objective`: `latency`; with `size` and `integer` all that can be integer is, and so it is in a model that
     came quantized. `profile`: a file of `qcompile profile`; without
@@ -57,11 +64,9 @@ class Place:
             raise UserError(f"the objective is {', '.join(OBJECTIVES)}, not {self.objective!r}", self.name)
         if state.phase > Phase.ANNOTATED or state.predicted is not None:
             return 0
-        table = read_table(Path(self.profile)) if self.profile else shipped_table(state.target.profile)
-        shapes = None if table is None else concrete_shapes(state)
-        if table is None or shapes is None:
+        costs = costs_of(state, self.profile)
+        if costs is None:
             return 0
-        costs = _Costs(state, Accountant(state, shapes), table)
         able = set(costs.able)
         if self.objective == "latency" and not state.imported:
             _place(state, costs)
@@ -70,7 +75,14 @@ class Place:
         return len(able - placed)
 
 
-def _place(state: CompileState, costs: _Costs) -> None:
+def costs_of(state: CompileState, profile: str = "") -> Costs | None:
+    """The costs of the blocks, by the table in the file `profile`, or that of the target; None without table or shapes."""
+    table = read_table(Path(profile)) if profile else shipped_table(state.target.profile)
+    shapes = None if table is None else concrete_shapes(state)
+    return None if table is None or shapes is None else Costs(state, Accountant(state, shapes), table)
+
+
+def _place(state: CompileState, costs: Costs) -> None:
     """Send the blocks back to float that do not pay."""
     float_time = costs.float_time
     if float_time < SMALL:
@@ -78,33 +90,60 @@ def _place(state: CompileState, costs: _Costs) -> None:
             f"an inference takes about {1e3 * float_time:.2g} ms in float: all is quantized, for the size"
         )
         return
-    for share in (FOR_SIZE, 0.0):
-        chosen = costs.cheapest(share * float_time)
-        annotate(state, costs.reasons(chosen))
-        if costs.total(costs.placed()) <= float_time:
-            return
-    annotate(state, costs.reasons(frozenset()))
+    tried: list[frozenset[str]] = []
+    for share, costs.two in ATTEMPTS:
+        tried.append(costs.cheapest(share * float_time))
+        if costs.slowest(tried[-1]) <= 1:
+            break
+    else:
+        tried = [min((*tried, frozenset[str]()), key=costs.slowest)]
+    annotate(state, costs.reasons(tried[-1]))
 
 
-class _Costs:
+class Costs:
     """What the blocks and the conversions between them cost. `able`: the roots of all that can be integer, in order.
 
-    `float_time`: seconds of the float model, before rewrites for the target if `account` has run.
+    `float_time`: seconds of the float model on one thread, before rewrites for the target if `account` has run. `two`: how much
+    the time on two threads counts.
     """
 
     def __init__(self, state: CompileState, accountant: Accountant, table: CostTable) -> None:
         self.state, self.accountant, self.table = state, accountant, table
         self.able = [root for root, block in state.blocks.items() if block.quantized]
         self._able = frozenset(self.able)
-        self.float_time = table.total(state.float_work or accountant.total(()))
+        work = state.float_work or accountant.total(())
+        self.float_time = table.total(work)
+        self._float_time_of_two = self.float_time if table.two is None else table.two.total(work)
+        self._limit_of_two = self._float_time_of_two * (1 - DOUBT)
+        self.two = 0.0
 
     def placed(self) -> frozenset[str]:
         """The roots of the blocks that are quantized now."""
         return frozenset(root for root, block in self.state.blocks.items() if block.quantized)
 
     def total(self, quantized: Collection[str]) -> float:
-        """The predicted seconds of one inference."""
+        """The predicted seconds of one inference, on one thread."""
         return self.table.total(self.accountant.total(quantized))
+
+    def slowest(self, quantized: Collection[str]) -> float:
+        """The predicted time of an inference as a share of that of the float model, on one thread or two, whichever is more."""
+        works = self.accountant.total(quantized)
+        one = self.table.total(works) / self.float_time
+        return one if self.table.two is None else max(one, self.table.two.total(works) / self._limit_of_two)
+
+    def rank(self) -> tuple[bool, float]:
+        """Whether what is placed now is predicted to be slower than float, and its time; the least is the best."""
+        placed = self.placed()
+        self.two = ATTEMPTS[0][1]
+        return self.slowest(placed) > 1, self._time(self.accountant.total(placed))
+
+    def _time(self, works: Sequence[Work]) -> float:
+        """Seconds that count: of one thread, and of two in proportion to those of the float model."""
+        one = self.table.total(works)
+        if self.table.two is None:
+            return one
+        two = self.table.two.total(works) * self.float_time / self._float_time_of_two
+        return (1 - self.two) * one + self.two * two
 
     def cheapest(self, bonus: float) -> frozenset[str]:
         """The roots on the integer side of the minimum cut. `bonus`: seconds that it is worth to quantize all weights."""
@@ -117,9 +156,9 @@ class _Costs:
         everything = sum(weights.values()) or 1
         for root in self.able:
             block = self.state.blocks[root]
-            in_float = self.table.total(self.accountant.floating(block)) + bonus * weights[root] / everything
+            in_float = self._time(self.accountant.floating(block)) + bonus * weights[root] / everything
             yield INTEGER, ("block", root), _ticks(in_float)
-            yield ("block", root), FLOAT, _ticks(self.table.total(self.accountant.integer(block)))
+            yield ("block", root), FLOAT, _ticks(self._time(self.accountant.integer(block)))
             yield from self._needs(root)
         for tensor in ir.tensors(self.state.graph):
             if not ir.is_constant(tensor) and not self.accountant.is_inner(tensor):
@@ -142,11 +181,11 @@ class _Costs:
         nodes = {id(n): n for n in tensor.outputs}.values()
         able = [n.name for n in nodes if self.accountant.reads_integers(n, tensor, self._able)]
         if able:
-            yield ("quantize", tensor.name), maker, _ticks(self.table.total(self.accountant.quantize(tensor)))
+            yield ("quantize", tensor.name), maker, _ticks(self._time(self.accountant.quantize(tensor)))
             for root in able:
                 yield ("block", root), ("quantize", tensor.name), None
         if maker != FLOAT:
-            yield maker, ("dequantize", tensor.name), _ticks(self.table.total(self.accountant.dequantize(tensor)))
+            yield maker, ("dequantize", tensor.name), _ticks(self._time(self.accountant.dequantize(tensor)))
             for root in able:
                 yield ("dequantize", tensor.name), ("block", root), None
             if len(able) < len(nodes) or ir.is_output(self.state.graph, tensor):
@@ -168,12 +207,13 @@ class _Costs:
 
     def _reason(self, root: str, chosen: Collection[str]) -> str:
         block = self.state.blocks[root]
-        in_float = self.table.total(self.accountant.floating(block))
-        with_this = self.table.total(self.accountant.integer(block))
-        neighbours = self.table.total(self.accountant.conversions_of(block, chosen))
-        if with_this + neighbours <= in_float:
-            return "faster in float here, together with its neighbours"
-        return f"faster in float here: {1e3 * in_float:.2g} ms against {1e3 * (with_this + neighbours):.2g} ms"
+        in_float = self.accountant.floating(block)
+        quantized = [*self.accountant.integer(block), *self.accountant.conversions_of(block, chosen)]
+        for threads, table in (("", self.table), (" on two threads", self.table.two)):
+            if table is not None and table.total(quantized) > table.total(in_float):
+                times = f"{1e3 * table.total(in_float):.2g} ms against {1e3 * table.total(quantized):.2g} ms"
+                return f"faster in float here{threads}: {times}"
+        return "faster in float here, together with its neighbours"
 
 
 def _ticks(seconds: float) -> int:

@@ -12,13 +12,13 @@ from qcompiler.options import FORMATTING, PATH, progress_bar
 
 @click.command("profile", context_settings=FORMATTING)
 @click.option("-o", "--output", type=PATH, required=True, help="The file to write.")
-@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True, help="How long to time.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=25.0, show_default=True, help="How long to time.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(output: Path, seconds: float, quiet: bool) -> None:
     """Measure what operators cost here, in float and in int8, for `qcompile --profile`.
 
-    It compiles a few hundred small networks and times them on one thread; all in all that takes about two minutes. Leave the
-    machine alone while it runs.
+    It compiles a few hundred small networks and times them on one thread and on two; all in all that takes about a minute and a
+    half. Leave the machine alone while it runs.
     """
     from qcompiler import fit_cost  # noqa: PLC0415  (so that --help is quick)
     from qcompiler.networks import networks  # noqa: PLC0415
