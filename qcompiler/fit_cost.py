@@ -89,7 +89,7 @@ class Timed:
 
 
 def measure_table(
-    networks: Sequence[Net], seconds: float = 25.0, progress: Callable[[int, int | None], None] | None = None
+    networks: Sequence[Net], seconds: float = 20.0, progress: Callable[[int, int | None], None] | None = None
 ) -> tuple[CostTable, float]:
     """Time the networks in turns for about so many seconds, after compiling them, and fit the rates, on one thread and on two.
 
