@@ -570,8 +570,8 @@ GOLDEN: dict[str, Golden] = {
         {"w": f(1, -2, shape=(2, 1, 1, 1)), "v": f(0.503, 0.7, -0.3, 0.11, shape=(2, 2, 1, 1))},
         """
         inputs: x:float32[1,1,2,2]
-        c = Conv(x, float32[2,1,1,1])
-        y = Conv(c, float32[2,2,1,1])
+        c = Conv(x, float32[2,1,1,1], float32[2])
+        y = Conv(c, float32[2,2,1,1], float32[2])
         outputs: y:float32[1,1,2,2]
         integers w [108, -108]
         integers v [87, 121, -128, 47]
@@ -632,8 +632,11 @@ GOLDEN: dict[str, Golden] = {
 }
 
 
+_ON_DATA = ("round-weights", "correct-bias")
+
+
 def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
-    """The passes that run before, and the pass itself; with plain ranges and biases, so that numbers stay readable."""
+    """The passes that run before, and the pass itself; with plain ranges, weights and biases: readable numbers."""
     default = parse_pipeline(
         DEFAULT_PIPELINE.replace("calibrate", "calibrate{collector=minmax}"), REGISTRY.passes
     ).passes
@@ -642,7 +645,7 @@ def stages(name: str, golden: Golden) -> tuple[Pipeline, Pass]:
         stage = next(p for text in pipelines for p in parse_pipeline(text, REGISTRY.passes).passes if p.name == name)
         return parse_pipeline(golden.before, REGISTRY.passes), stage
     at = next(i for i, stage in enumerate(default) if stage.name == name)
-    return Pipeline(tuple(stage for stage in default[:at] if stage.name != "correct-bias")), default[at]
+    return Pipeline(tuple(stage for stage in default[:at] if stage.name not in _ON_DATA)), default[at]
 
 
 def start(golden: Golden) -> CompileState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,18 @@ import pytest
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.annotate import Annotate
 from qcompiler_passes.calibrate import Calibrate
+from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.insert_qdq import InsertQdq
+from qcompiler_passes.layer_inputs import vectors
 from qcompiler_passes.nearest_plane import covariance, nearest_plane
-from qcompiler_passes.round_weights import RoundWeights, _inputs
+from qcompiler_passes.round_weights import RoundWeights
 from qcompiler_passes.scale_weights import ScaleWeights
 
 from qcompiler import ir
 from qcompiler.quant import quantize
 from qcompiler.state import CompileState
-from tests.forms import compiled, graph_text, weights
+from tests.forms import advance, compiled, graph_text, weights
 from tests.support import model_from_text, run
 
 BEFORE = (FormBlocks(), Annotate(), Calibrate(collector="minmax"), AlignScales(), ScaleWeights())
@@ -53,7 +57,7 @@ def test_correlated_inputs_let_errors_cancel(columns: int) -> None:
     assert damage(q, w, scale, hessian).sum() < 0.5 * damage(nearest, w, scale, hessian).sum()
 
 
-def test_a_mean_much_larger_than_the_spread_leaves_acovariance() -> None:
+def test_a_mean_much_larger_than_the_spread_leaves_a_covariance() -> None:
     rng = np.random.default_rng(0)
     spread = 1e-3 * rng.standard_normal((1, 400, 40)).astype(np.float32)
     x = np.float32(300) + spread
@@ -92,10 +96,10 @@ def test_the_inputs_of_a_convolution_times_its_weights_are_its_outputs(
     dims = ",".join(map(str, x.shape))
     model = model_from_text(f"g (float[{dims}] x) => (float[] y) {{ y = Conv{attrs}(x, w) }}", {"w": w})
     layer = ir.from_proto(model).nodes[0]
-    vectors = _inputs(layer, w.shape, x, 10**6, 0)
-    groups = len(vectors)
+    inputs = vectors(layer, w.shape, x, 10**6, 0)
+    groups = len(inputs)
     rows = w.reshape(groups, w.shape[0] // groups, -1)
-    found = (vectors @ rows.transpose(0, 2, 1)).transpose(1, 0, 2).reshape(-1, w.shape[0])
+    found = (inputs @ rows.transpose(0, 2, 1)).transpose(1, 0, 2).reshape(-1, w.shape[0])
     wanted = np.moveaxis(run(model, {"x": x})[0], 1, -1).reshape(-1, w.shape[0])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -135,3 +139,25 @@ def test_a_layer_gets_integers_that_insert_qdq_uses(text: str, shape: tuple[int,
     InsertQdq().run(state)
     stored: list[Any] = [ir.array(t) for t in ir.tensors(state.graph) if ir.is_constant(t)]
     assert any(a.shape == integers.shape and a.dtype == np.int8 and np.array_equal(a, integers) for a in stored)
+
+
+def test_a_layer_makes_up_for_what_the_layers_before_lose() -> None:
+    text = "g (float[1,4,9,9] x) => (float[1,6,7,7] y) { h = Conv(x, v) y = Conv(h, w) }"
+    model = graph_text(text, v=weights(6, 4, 3, 3), w=weights(6, 6, 1, 1))
+    errors = []
+    for compensate in (False, True):
+        state = compiled(model, *BEFORE[:-1])
+        clipped = state.params["h"]
+        state.params["h"] = replace(clipped, scale=clipped.scale / 2)
+        advance(state, ScaleWeights(), RoundWeights(samples=32, compensate=compensate), CorrectBias(), InsertQdq())
+        emitted = ir.to_proto(state.graph)
+        feeds = list(islice(state.calibration or (), 32))
+        errors.append(sum(float(np.square(run(emitted, x)[0] - run(model, x)[0]).sum()) for x in feeds))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_layers_with_many_weights_are_left_alone() -> None:
+    text = "g (float[1,4,9,9] x) => (float[] y) { h = Conv(x, v) y = Conv(h, w) }"
+    constants = {"v": weights(6, 4, 3, 3), "w": weights(8, 6, 1, 1)}
+    state = compiled(graph_text(text, **constants), *BEFORE, RoundWeights(samples=4, largest=6))
+    assert list(state.integers) == ["w"]

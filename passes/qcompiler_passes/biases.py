@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from qcompiler import ir
 from qcompiler.channel_means import Channels
 from qcompiler.ir import Node
 from qcompiler.ops import Lowering, rule_of
+from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState
 from qcompiler_passes.form_blocks import activation_bounds
 
@@ -18,6 +21,20 @@ _POSITIONS = 14
 def layers_with_bias(state: CompileState) -> list[Node]:
     """Conv and Gemm that are quantized, or behind something that is."""
     return [n for n in _reached(state) if _has_bias_input(state, n)]
+
+
+def ensure_bias(state: CompileState, layers: Iterable[Node]) -> None:
+    """Give each of the layers a bias of its own with one number per channel, zero where it had none."""
+    rewriter = Rewriter(state)
+    for node in layers:
+        channels = ir.array(node.inputs[1]).shape[0 if node.op == "Conv" else 1]
+        bias = ir.optional_input(node, 2)
+        values = np.zeros(1, np.float32) if bias is None else ir.array(bias).reshape(-1)
+        constant = rewriter.constant(f"{node.name}_bias", np.broadcast_to(values, (channels,)))
+        if len(node.inputs) > 2:
+            rewriter.set_input(node, 2, constant)
+        else:
+            ir.add_input(node, constant)
 
 
 def results(state: CompileState, layers: Iterable[Node]) -> list[Channels]:

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from qcompiler import ir
 from qcompiler.channel_means import ChannelMeans, Channels
 from qcompiler.collectors import MinMax
-from qcompiler.ir import Graph, Node, Tensor
+from qcompiler.ir import Node, Tensor
 from qcompiler.observe import observe
-from qcompiler.replay import Replay
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState, Feeds, Phase
-from qcompiler_passes.biases import layers_with_bias, results
-from qcompiler_passes.insert_qdq import InsertQdq
+from qcompiler_passes.biases import ensure_bias, layers_with_bias, results
+from qcompiler_passes.quantized_prefix import QuantizedPrefix, in_float
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -59,8 +58,8 @@ class CorrectBias:
             return 0
         samples = list(islice(state.calibration, self.samples))
         exact = _means(state, layers, samples)
-        _ensure_bias(state, layers)
-        quantized = _QuantizedPrefix(state, layers, samples)
+        ensure_bias(state, layers)
+        quantized = _Measurement(state, layers, samples)
         rewriter = Rewriter(state)
         for layer, wanted in zip(layers, exact, strict=True):
             if rewriter.exhausted:
@@ -69,24 +68,11 @@ class CorrectBias:
             shift = _shift(wanted[: len(measured)], measured, active)
             bias = (ir.array(layer.inputs[2]) + shift).astype(np.float32)
             rewriter.set_input(layer, 2, rewriter.constant(f"{layer.name}_corrected_bias", bias))
-            quantized.shift_bias(shift)
+            quantized.prefix.shift_bias(shift)
             state.corrected.add(layer.name)
             rewriter.count += 1
         state.means = {}
         return rewriter.count
-
-
-def _ensure_bias(state: CompileState, layers: list[Node]) -> None:
-    rewriter = Rewriter(state)
-    for node in layers:
-        channels = ir.array(node.inputs[1]).shape[0 if node.op == "Conv" else 1]
-        bias = ir.optional_input(node, 2)
-        values = np.zeros(1, np.float32) if bias is None else ir.array(bias).reshape(-1)
-        constant = rewriter.constant(f"{node.name}_bias", np.broadcast_to(values, (channels,)))
-        if len(node.inputs) > 2:
-            rewriter.set_input(node, 2, constant)
-        else:
-            ir.add_input(node, constant)
 
 
 def _shift(wanted: F64, measured: F64, active: F64) -> F64:
@@ -115,48 +101,18 @@ def _means(state: CompileState, layers: list[Node], samples: list[Feeds]) -> lis
     return [known[c.tensor][:count].astype(np.float64) for c in channels]
 
 
-def _quantized_twin(state: CompileState) -> Graph:
-    """The graph as insert-qdq will write it, for measurement."""
-    twin = state.clone()
-    twin.rewrite_limit = None
-    InsertQdq().run(twin)
-    return twin.graph
-
-
-def _dequantized(tensor: Tensor) -> F32:
-    """What a DequantizeLinear without zero point makes of constants."""
-    node = ir.producer(tensor)
-    if node is None:
-        return ir.array(tensor)
-    integers, scale = ir.array(node.inputs[0]), ir.array(node.inputs[1])
-    shape = [1] * integers.ndim
-    if scale.ndim:
-        shape[node.attrs.get("axis", 1)] = -1
-    return np.asarray(integers.astype(np.float32) * scale.reshape(shape), np.float32)
-
-
-def _source(tensor: Tensor) -> Tensor:
-    """The integers behind a tensor, or the tensor itself if it is float."""
-    node = ir.producer(tensor)
-    return node.inputs[0] if node is not None and node.op == "DequantizeLinear" else tensor
-
-
-class _QuantizedPrefix:
-    """The layers of a quantized graph, measured one after the other behind those that are corrected already."""
+class _Measurement:
+    """What layers give behind the quantized prefix, one after the other."""
 
     def __init__(self, state: CompileState, layers: list[Node], samples: list[Feeds]) -> None:
-        self._graph = _quantized_twin(state)
-        nodes = {n.name: n for n in self._graph.nodes}
-        self._layers, self._results = [nodes[n.name] for n in layers], results(state, layers)
-        self._replay = Replay(self._graph, samples, [_source(n.inputs[0]) for n in self._layers])
-        self._position = -1
+        self.prefix = QuantizedPrefix(state, layers, samples)
+        self._graph, self._results = self.prefix.graph, iter(results(state, layers))
 
     def next_layer(self) -> tuple[F64, F64]:
         """The channel means behind the activation, and the shares that the bias moves: (samples, channels) each."""
-        self._position += 1
-        layer, channels, count = self._layers[self._position], self._results[self._position], len(self._graph.nodes)
+        layer, channels, count = self.prefix.next_layer(), next(self._results), len(self._graph.nodes)
         raw = self._in_float(layer, channels)
-        rows = self._replay.advance(self._averages(raw, channels))
+        rows = self.prefix.run(self._averages(raw, channels))
         for node in self._graph.nodes[count:]:
             ir.detach(node)
         del self._graph.nodes[count:]
@@ -169,7 +125,7 @@ class _QuantizedPrefix:
         Weight and bias are constants, for which ONNX Runtime has its fast float kernels. Means of what is rounded would hold
         the error that all values of a constant background have in common: no bias takes that away.
         """
-        inputs = [layer.inputs[0], *(ir.Constant(f"{t.name}_constant", _dequantized(t)) for t in layer.inputs[1:])]
+        inputs = [layer.inputs[0], *(ir.Constant(f"{t.name}_constant", in_float(t)) for t in layer.inputs[1:])]
         attrs = dict(layer.attrs)
         if max(channels.steps, default=1) > 1:
             strides = attrs.get("strides", [1] * len(channels.steps))
@@ -198,14 +154,3 @@ class _QuantizedPrefix:
         name = f"{inputs[0].name}_tap_{op}"
         self._graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(dtype))]))
         return self._graph.nodes[-1].outputs[0]
-
-    def shift_bias(self, shift: F64) -> None:
-        """Add to the bias of the layer that was measured last."""
-        layer = self._layers[self._position]
-        dq = ir.producer(layer.inputs[2])
-        if dq is None:
-            bias = ir.array(layer.inputs[2]) + shift.astype(np.float32)
-            ir.set_input(layer, 2, ir.Constant(layer.inputs[2].name, bias))
-            return
-        integers = ir.array(dq.inputs[0]) + np.rint(shift / ir.array(dq.inputs[1]).astype(np.float64))
-        ir.set_input(dq, 0, ir.Constant(dq.inputs[0].name, integers.astype(np.int32)))

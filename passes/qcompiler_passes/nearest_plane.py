@@ -41,7 +41,7 @@ def covariance(inputs: Iterable[F32], centered: bool) -> NDArray[np.float32]:
     return np.asarray(products / count - outer, np.float32)
 
 
-def damp(hessian: F32, damping: float) -> None:
+def damp(hessian: NDArray[np.floating], damping: float) -> None:
     """Add to the diagonals, in place, `damping` times their mean, so that few vectors still make a definite matrix."""
     diagonal = np.einsum("gkk->gk", hessian)
     diagonal += damping * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny

@@ -1,7 +1,8 @@
-"""round-weights: round each weight so that the rounding errors of a layer cancel on the data that it sees."""
+"""round-weights: integers for weights with which a layer gives, on the data that it sees, what the float layer gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -13,25 +14,41 @@ from qcompiler import ir
 from qcompiler.ir import Node
 from qcompiler.ops import Lowering, rule_of
 from qcompiler.quant import F32, QuantParams
-from qcompiler.replay import Replay
+from qcompiler.replay import FRONT_BYTES, Replay
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState, Phase
-from qcompiler_passes.nearest_plane import covariance, damp, nearest_plane, spread
+from qcompiler_passes.biases import ensure_bias
+from qcompiler_passes.compensate import Moments, compensated
+from qcompiler_passes.layer_inputs import vectors
+from qcompiler_passes.nearest_plane import damp, nearest_plane
+from qcompiler_passes.quantized_prefix import QuantizedPrefix, in_float
+
+_COMPENSATED = 2048
+"""Layers of more weights per output channel are rounded only: the regression takes the cube of that number of operations."""
+
+
+_LEAST_ROWS = 64
+"""Of every sample, so many vectors are looked at, if it has them."""
 
 
 @dataclass(frozen=True)
 class RoundWeights:
-    """Round by what the layer computes instead of to the nearest integer (GPTQ, Frantar et al. 2022, arXiv 2210.17323).
+    """Choose the integers of each weight by what the layer computes, layer after layer behind those that are chosen already.
 
-    For each output channel the integers q are sought that minimize (s q - w) H (s q - w)^T, H the covariance of what the weights
-    are multiplied with on `samples` calibration samples. H is centered where the layer has a bias: correct-bias, which has to
-    follow, removes the error of the mean. `rows`: how many inputs are looked at, per weight of an output channel. `damping`:
-    what is added to the diagonal of H, relative to its mean.
+    First the weights are changed so that they make up for the errors in what the layer reads (GPTAQ, Li et al. 2025,
+    arXiv 2504.02692; `compensate=false` leaves that out). Then, for each output channel, integers q are sought that minimize
+    (s q - w) H (s q - w)^T, H the covariance of what the weights are multiplied with (GPTQ, Frantar et al. 2022,
+    arXiv 2210.17323). Both are measured on `samples` calibration samples, and about the mean where the layer has a bias:
+    correct-bias, which has to follow, removes the error of the mean. `rows`: how many vectors are looked at, per weight of an
+    output channel. `damping`: what is added to the diagonal of H, relative to its mean. `largest`: layers of more weights per
+    output channel are left to rounding to the nearest.
     """
 
-    samples: int = 32
-    rows: int = 8
+    samples: int = 64
+    rows: int = 16
     damping: float = 0.01
+    largest: int = 1 << 16
+    compensate: bool = True
 
     name: ClassVar[str] = "round-weights"
     requires: ClassVar[Phase] = Phase.CALIBRATED
@@ -41,36 +58,77 @@ class RoundWeights:
         """Return the number of weights rounded."""
         if state.phase >= Phase.QDQ or state.calibration is None:
             return 0
-        names = {n.name for n in state.graph.nodes if _is_layer(state, n) and n.inputs[1].name not in state.integers}
-        if not names:
+        layers = [n for n in state.graph.nodes if self._is_due(state, n)]
+        if not layers:
             return 0
+        samples = list(islice(state.calibration, self.samples))
+        ensure_bias(state, [n for n in layers if n.op != "MatMul"])
         graph = state.graph.copy()
-        layers = [n for n in graph.nodes if n.name in names]
-        replay = Replay(graph, list(islice(state.calibration, self.samples)), [n.inputs[0] for n in layers])
+        nodes = {n.name: n for n in graph.nodes}
+        exact = Replay(graph, samples, [nodes[n.name].inputs[0] for n in layers], 4 * FRONT_BYTES)
+        quantized = QuantizedPrefix(state, layers, samples)
         rewriter = Rewriter(state)
         for layer in layers:
             if rewriter.exhausted:
                 break
-            rows = [row[0] for row in replay.advance()]
-            weight = layer.inputs[1].name
-            state.integers[weight] = self._rounded(layer, state.params[weight], rows)
+            node = quantized.next_layer()
+            wanted = [row[0] for row in exact.advance()]
+            pairs = [(in_float(node.inputs[0], row[0]), x) for row, x in zip(quantized.run(), wanted, strict=False)]
+            name = layer.inputs[1].name
+            if name in state.integers:  # shared with an earlier layer
+                continue
+            state.integers[name], shift = self._rounded(layer, state.params[name], pairs)
+            quantized.set_weight(state.integers[name])
+            if layer.op != "MatMul":
+                quantized.shift_bias(shift)
             rewriter.count += 1
         return rewriter.count
 
-    def _rounded(self, layer: Node, params: QuantParams, values: list[NDArray[Any]]) -> NDArray[Any]:
-        """The integers for the weight of a layer that reads `values`, one per sample."""
+    def _is_due(self, state: CompileState, node: Node) -> bool:
+        if not _is_layer(state, node) or node.inputs[1].name in state.integers:
+            return False
+        shape = ir.array(node.inputs[1]).shape
+        return int(np.prod(shape[1:] if node.op == "Conv" else shape[:1])) <= self.largest
+
+    def _rounded(
+        self, layer: Node, params: QuantParams, pairs: list[tuple[F32, F32]]
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """The integers for the weight of a layer, and by how much the mean of each channel is too low then.
+
+        pairs: what the layer reads behind quantized layers and behind float layers, for each sample.
+        """
         weight = np.asarray(ir.array(layer.inputs[1]), np.float32)
         by_row = weight if layer.op == "Conv" else weight.T
         groups = int(layer.attrs.get("group", 1)) if layer.op == "Conv" else 1
         w = by_row.reshape(groups, by_row.shape[0] // groups, -1)
-        wanted = -(-self.rows * w.shape[2] // len(values))
-        inputs = (_inputs(layer, weight.shape, x, wanted, i) for i, x in enumerate(values))
-        hessian = covariance(inputs, centered=layer.op != "MatMul")
-        damp(hessian, self.damping)
+        halves = self._moments(layer, weight.shape, w.shape[2], pairs)
+        whole = halves[0] + halves[1]
+        fits = self.compensate and w.shape[2] <= _COMPENSATED and len(pairs) > 1
+        aim = compensated(w, halves) if fits else w
         scale = np.broadcast_to(np.asarray(params.scale).reshape(-1), by_row.shape[:1]).reshape(*w.shape[:2], 1)
-        rounded = nearest_plane(w, np.broadcast_to(scale, w.shape), hessian, params.spec.qmin, params.spec.qmax)
-        integers = rounded.reshape(by_row.shape).astype(params.spec.dtype)
-        return np.ascontiguousarray(integers if layer.op == "Conv" else integers.T)
+        hessian = np.asarray(whole.products()[0], np.float32)
+        damp(hessian, self.damping)
+        spec = params.spec
+        rounded = nearest_plane(aim, np.broadcast_to(scale, w.shape), hessian, spec.qmin, spec.qmax)
+        x, d = whole.means()
+        shift = np.einsum("grk,gk->gr", w, x + d) - np.einsum("grk,gk->gr", rounded * scale, x)
+        integers = rounded.reshape(by_row.shape).astype(spec.dtype)
+        return np.ascontiguousarray(integers if layer.op == "Conv" else integers.T), shift.reshape(-1)
+
+    def _moments(
+        self, layer: Node, shape: tuple[int, ...], columns: int, pairs: Iterable[tuple[F32, F32]]
+    ) -> tuple[Moments, Moments]:
+        """Those of every other sample, and of the rest."""
+        pairs = list(pairs)
+        wanted = max(-(-self.rows * columns // len(pairs)), _LEAST_ROWS)
+        halves: list[Moments] = []
+        for i, (x, float_x) in enumerate(pairs):
+            some, exact = (vectors(layer, shape, values, wanted, i) for values in (x, float_x))
+            if not halves:
+                origin = None if layer.op == "MatMul" else some[:, :1]
+                halves = [Moments(origin), Moments(origin)]
+            halves[i % 2].add(some, exact - some)
+        return halves[0], halves[1]
 
 
 def _is_layer(state: CompileState, node: Node) -> bool:
@@ -78,25 +136,3 @@ def _is_layer(state: CompileState, node: Node) -> bool:
     known = node.op in ("Conv", "Gemm", "MatMul") and node.domain in ("", None)
     known = known and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     return known and block is not None and block.quantized and rule is not None and rule.lowering is Lowering.MAC
-
-
-def _inputs(layer: Node, shape: tuple[int, ...], x: NDArray[Any], wanted: int, sample: int) -> F32:
-    """About `wanted` of the vectors that the weights of a layer are multiplied with: (groups, vectors, weights per channel)."""
-    if layer.op != "Conv":
-        rows = x.reshape(-1, x.shape[-1])
-        return np.asarray(rows[spread(len(rows), wanted, sample)][None], np.float32)
-    dims = len(shape) - 2
-    strides, dilations = (layer.attrs.get(key, [1] * dims) for key in ("strides", "dilations"))
-    pads = layer.attrs.get("pads", [0] * 2 * dims)
-    x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:dims], pads[dims:], strict=True)])
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, shape[2:], strict=True)]
-    windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + dims)))
-    steps = [slice(None, None, step) for step in (*strides, *dilations)]
-    windows = windows[(slice(None), slice(None), *steps)]
-    windows = np.moveaxis(windows, 1, 1 + dims)  # batch, positions, channels, kernel
-    positions = np.unravel_index(
-        spread(int(np.prod(windows.shape[: 1 + dims])), wanted, sample), windows.shape[: 1 + dims]
-    )
-    groups = x.shape[1] // shape[1]
-    vectors = windows[positions].reshape(len(positions[0]), groups, -1)
-    return np.asarray(vectors.transpose(1, 0, 2), np.float32)
