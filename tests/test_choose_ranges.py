@@ -79,3 +79,13 @@ def test_a_limit_ends_the_pass_early() -> None:
 def test_an_unknown_collector_is_named() -> None:
     with pytest.raises(UserError, match=r"no collector is called 'perzentile'; did you mean 'percentile'"):
         ChooseRanges(collectors="minmax perzentile").run(calibrated("ema"))
+
+
+def test_the_mixture_of_the_best_ranges_is_tried_as_well() -> None:
+    mixed, plain = calibrated("ema"), calibrated("ema")
+    assert ChooseRanges(collectors="minmax percentile", better=0.0).run(plain) == 0
+    trials = list(ChooseRanges(collectors="minmax percentile")._trials(mixed, list(mixed.calibration or ())))
+    assert len(trials) == 3
+    known = [ranges(mixed), *(ranges(trial) for trial in trials[:2])]
+    assert all(value in [k[name] for k in known] for name, value in ranges(trials[2]).items())
+    assert len(list(ChooseRanges(collectors="minmax", auto=False)._trials(mixed, []))) == 1

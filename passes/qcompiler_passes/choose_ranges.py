@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from qcompiler.runtime import run_all, session
 from qcompiler.state import CompileState, Feeds, Phase
 from qcompiler_passes.align_scales import AlignScales
 from qcompiler_passes.calibrate import Calibrate
+from qcompiler_passes.consumer_errors import least_error
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.scale_weights import ScaleWeights
@@ -26,13 +27,15 @@ from qcompiler_passes.scale_weights import ScaleWeights
 _LEAST = 1e-6
 """Probabilities below it are equal."""
 
+_AUTO_SAMPLES = 16
+
 F64 = NDArray[np.float64]
 Outputs = Sequence[Sequence[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class ChooseRanges:
-    """Try other collectors in place of the one that calibrated, each on all tensors.
+    """Try other collectors in place of the one that calibrated, each on all tensors, and then for each tensor the best.
 
     What a clip range costs shows at the outputs only: the tensor itself, and the layer behind it, rate the clipping of rare
     large values, which carry detections and classes, too low (measured: a range that halves the error of the next layer often
@@ -40,13 +43,15 @@ class ChooseRanges:
     wins if the noise at the output that suffers most is less than the share `better` of that of the first, and if it is less on
     the share `most` of the samples: a few samples decide what clipping costs in the mean, and others will come.
 
-    `collectors`: names, with spaces between them.
+    `collectors`: names, with spaces between them. `auto`: whether to try, too, the mixture in which each tensor has the range
+    of that collector with which the outputs of the layers that read it change least.
     """
 
     collectors: str = "percentile entropy minmax"
     samples: int = 128
     better: float = 0.9
     most: float = 2 / 3
+    auto: bool = True
 
     name: ClassVar[str] = "choose-ranges"
     requires: ClassVar[Phase] = Phase.CALIBRATED
@@ -63,10 +68,7 @@ class ChooseRanges:
         wanted = run_all(session(ir.to_proto(state.graph), consume=True), samples)
         first = _noise(state, samples, wanted)
         least, best = self.better * _worst(first), state
-        for collector in self.collectors.split():
-            trial = state.clone()
-            trial.params, trial.progress = {}, None
-            Calibrate(collector, means=0).run(trial)
+        for trial in self._trials(state, samples):
             noise = _noise(trial, samples, wanted)
             if _worst(noise) < least and np.mean(noise.sum(axis=0) < first.sum(axis=0)) >= self.most:
                 least, best = _worst(noise), trial
@@ -74,6 +76,20 @@ class ChooseRanges:
         for name in changed[: state.rewrite_limit]:
             state.params[name] = best.params[name]
         return len(changed[: state.rewrite_limit])
+
+    def _trials(self, state: CompileState, samples: Sequence[Feeds]) -> Iterator[CompileState]:
+        """The state with the params of each collector, then with those of all mixed."""
+        known = [state.params]
+        for collector in self.collectors.split():
+            trial = state.clone()
+            trial.params, trial.progress = {}, None
+            Calibrate(collector, means=0).run(trial)
+            known.append(trial.params)
+            yield trial
+        if self.auto:
+            trial = state.clone()
+            trial.params = least_error(state, known, samples[:_AUTO_SAMPLES])
+            yield trial
 
 
 def _is_settled(state: CompileState) -> bool:

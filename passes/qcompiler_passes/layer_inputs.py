@@ -12,6 +12,12 @@ from qcompiler.quant import F32
 from qcompiler_passes.nearest_plane import spread
 
 
+def takes_vectors(node: Node) -> bool:
+    """Whether `vectors` knows what the weights of the node are multiplied with."""
+    is_standard = node.op in ("Conv", "Gemm", "MatMul") and node.domain in ("", None)
+    return is_standard and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+
+
 def vectors(layer: Node, shape: tuple[int, ...], x: NDArray[Any], wanted: int, sample: int) -> F32:
     """About `wanted` of the vectors that the weights of a layer, of this shape, are multiplied with when it reads x.
 

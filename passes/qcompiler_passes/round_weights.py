@@ -19,7 +19,7 @@ from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.biases import ensure_bias
 from qcompiler_passes.compensate import Moments, compensated
-from qcompiler_passes.layer_inputs import vectors
+from qcompiler_passes.layer_inputs import takes_vectors, vectors
 from qcompiler_passes.nearest_plane import damp, nearest_plane
 from qcompiler_passes.quantized_prefix import QuantizedPrefix, in_float
 
@@ -133,6 +133,5 @@ class RoundWeights:
 
 def _is_layer(state: CompileState, node: Node) -> bool:
     block, rule = state.blocks.get(node.name), rule_of(state.ops, node)
-    known = node.op in ("Conv", "Gemm", "MatMul") and node.domain in ("", None)
-    known = known and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    return known and block is not None and block.quantized and rule is not None and rule.lowering is Lowering.MAC
+    is_mac = block is not None and block.quantized and rule is not None and rule.lowering is Lowering.MAC
+    return is_mac and takes_vectors(node)
