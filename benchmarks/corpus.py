@@ -157,6 +157,8 @@ def judge(case: Case) -> Verdict:
         changed = snapshot.model or _without_data(case.model)
     except UserError as error:
         return Verdict(runs, f"refused: {error}", outcome)
+    except Exception as error:
+        return Verdict(runs, f"crash: {type(error).__name__}: {error}", outcome)
     found = outputs_of(changed, case.feeds)
     if found is None:
         return Verdict(runs, "the float passes made a model that does not run", outcome)

@@ -17,7 +17,7 @@ def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
 
     None if some stay unknown, or if the model does not run: calibration says why.
     """
-    tensors = [t for t in ir.tensors(state.graph) if not isinstance(t.dtype, onnx.TypeProto)]
+    tensors = [t for t in ir.tensors(state.graph) if getattr(t, "type", "tensor_type") == "tensor_type"]
     shapes = {t.name: shape for t in tensors if (shape := ir.static_shape(t)) is not None}
     unknown = [t for t in tensors if t.name not in shapes]
     if unknown:

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from qcompiler import detached, functions
+from qcompiler import detached, functions, value_types
 
 Graph = gs.Graph
 Node = gs.Node
@@ -36,6 +36,7 @@ CONTRIB_DOMAIN = "com.microsoft"
 def from_proto(model: onnx.ModelProto) -> Graph:
     """Import a model. qcompiler's own functions are left out: `to_proto` adds those that are used."""
     graph = gs.import_onnx(model)
+    value_types.attach(graph, model.graph)
     _attach_weights(graph)
     graph.functions = [f for f in graph.functions if f.domain != functions.DOMAIN]
     return graph
@@ -46,6 +47,7 @@ def to_proto(graph: Graph, metadata: dict[str, str] | None = None) -> onnx.Model
     graph.import_domains = _import_domains(graph)
     with _detached_weights(graph):
         model = gs.export_onnx(graph, do_type_check=False)
+    value_types.write(graph, model.graph)
     model.ir_version = IR_VERSION
     called = {n.op for g in all_graphs(graph) for n in g.nodes if n.domain == functions.DOMAIN}
     model.functions.extend(functions.proto(name, graph.opset) for name in sorted(called))
@@ -342,7 +344,7 @@ def type_name(tensor: Tensor) -> str:
     """The element type: NumPy's name, ONNX's for types that NumPy lacks (`bfloat16`), `?` if it is unknown or no tensor's."""
     if isinstance(tensor.dtype, int):
         return str(onnx.TensorProto.DataType.Name(tensor.dtype)).lower()
-    return "?" if tensor.dtype is None or isinstance(tensor.dtype, onnx.TypeProto) else np.dtype(tensor.dtype).name
+    return "?" if tensor.dtype is None else np.dtype(tensor.dtype).name
 
 
 def shape(tensor: Tensor) -> tuple[int | str | None, ...] | None:

@@ -19,8 +19,8 @@ from qcompiler.errors import UserError
 from qcompiler.external import MAX_BYTES, graphs, load_external_data, refuse_unloaded
 from qcompiler.samples import InputSpec
 
-MIN_OPSET = 6
-"""Older operators consume their inputs. Of opset 6, ONNX Runtime runs what did not change in opset 7."""
+FULL_OPSET = 7
+"""From here on ONNX Runtime runs all operators; of older opsets those that did not change until 7, and a few more."""
 
 _STANDARD = ("", "ai.onnx")
 """How the domain of the ONNX operators may be spelt."""
@@ -73,7 +73,9 @@ def load_model(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     try:
         runtime.session(model)
     except Exception as error:
-        raise UserError(brief(error), where) from error
+        old = min(_opsets(model)) < FULL_OPSET
+        hint = f"; export with opset {FULL_OPSET} or newer" if old else ""
+        raise UserError(brief(error) + hint, where) from error
     supervise.doing("after loading the model")
     return model
 
@@ -170,21 +172,25 @@ def _check_versions(model: onnx.ModelProto, where: str) -> None:
         raise UserError(f"IR version {model.ir_version} is newer than the newest known, {onnx.IR_VERSION}", where)
     if not any(n.domain in _STANDARD for owner in (*graphs(model.graph), *model.functions) for n in owner.node):
         _import_standard(model)
-    versions = [d.version for d in model.opset_import if d.domain in _STANDARD]
+    versions = _opsets(model)
     opset = max(versions, default=0)
     if not versions:
         raise UserError("the model does not import the ONNX operators (no opset)", where)
-    if opset < MIN_OPSET:
-        raise UserError(f"opset {opset} is too old: export with opset {MIN_OPSET} or newer", where)
+    if opset < 1:
+        raise UserError(f"there is no opset {opset}: export with opset {FULL_OPSET} or newer", where)
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
         raise UserError(f"opset {opset} is newer than the newest known, {newest}", where)
 
 
+def _opsets(model: onnx.ModelProto) -> list[int]:
+    return [d.version for d in model.opset_import if d.domain in _STANDARD]
+
+
 def _import_standard(model: onnx.ModelProto) -> None:
     """Let a model with operators of other domains only import the standard ones, which passes may need."""
     if model.opset_import and not any(d.domain in _STANDARD for d in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid("", MIN_OPSET))
+        model.opset_import.append(onnx.helper.make_opsetid("", FULL_OPSET))
 
 
 def _refuse_compiled(model: onnx.ModelProto, where: str) -> None:
@@ -233,21 +239,13 @@ USER_DEFINED = 2
 
 
 def _refuse_types(model: onnx.ModelProto) -> None:
-    """Refuse element types that ONNX Runtime neither takes nor gives as NumPy arrays, and values that graphsurgeon mangles."""
+    """Refuse element types that ONNX Runtime neither takes nor gives as NumPy arrays."""
     for role, values in (("input", model.graph.input), ("output", model.graph.output)):
         for value in values:
             code = value.type.tensor_type.elem_type
             if code and onnx.helper.tensor_dtype_to_np_dtype(code).isbuiltin == USER_DEFINED:
                 name = onnx.TensorProto.DataType.Name(code).lower()
                 raise UserError(f"the {role} is of type {name}, which NumPy lacks", f"{role} '{value.name}'")
-    for graph in graphs(model.graph):
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            kind = value.type.WhichOneof("value") or "tensor_type"
-            if kind == "sequence_type" and not value.type.sequence_type.elem_type.HasField("tensor_type"):
-                kind = "sequence of other things than tensors"
-            elif kind in ("tensor_type", "sequence_type", "sparse_tensor_type"):
-                continue
-            raise UserError(f"values of type {kind.removesuffix('_type')} are not supported", value.name)
 
 
 def _make_dense(model: onnx.ModelProto, where: str) -> None:

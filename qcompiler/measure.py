@@ -125,7 +125,9 @@ class _Total:
         self.equal = self.count = self.not_finite = 0
 
     def add(self, x: Any, y: Any) -> None:
-        """Take in an array, or a sequence of arrays; where shapes depend on the data and differ, no element is equal."""
+        """Take in an array, or a sequence or map of such; where shapes depend on the data and differ, no element is equal."""
+        if isinstance(x, dict) and isinstance(y, dict) and list(x) == list(y):
+            x, y = ([np.asarray(v) for v in values.values()] for values in (x, y))
         if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
             for a, b in zip(x, y, strict=True):
                 self.add(a, b)

@@ -18,8 +18,8 @@ from qcompiler.ir import Graph, Node, Tensor
 from qcompiler.rewrite import Rewriter
 from qcompiler.state import CompileState
 
-OLDEST = 6
-"""What changed in opset 7 never gets here: ONNX Runtime has no kernels for earlier forms (Add, BatchNormalization, PRelu …)."""
+OLDEST = 1
+"""Of what changed up to opset 7 (Add, BatchNormalization, PRelu …), ONNX Runtime runs the old form of Reshape only."""
 NEWEST = 17
 
 Upgrade = Callable[[Rewriter, Node], None]
@@ -29,14 +29,12 @@ Upgrade = Callable[[Rewriter, Node], None]
 def raise_opset(state: CompileState, opset: int) -> int:
     """Bring the graph and its subgraphs to at least this opset of the default domain; return how many nodes changed.
 
-    Tensors must have their types and, where known, ranks (see `shapes`). Raises UserError for models older than `OLDEST`, and
-    for operators whose old meaning newer ones cannot express.
+    Tensors must have their types and, where known, ranks (see `shapes`). Raises UserError for operators whose
+    old meaning newer ones cannot express.
     """
     graph = state.graph
     if graph.opset >= opset:
         return 0
-    if graph.opset < OLDEST:
-        raise UserError(f"opset {graph.opset} is too old: export with opset {OLDEST} or newer", "model")
     if opset > NEWEST:
         raise UserError(f"models can be raised to opset {NEWEST} at most, not to {opset}", "target")
     count = 0
@@ -181,7 +179,23 @@ def _scatter_11(rewriter: Rewriter, node: Node) -> None:
 
 
 def _scan_9(rewriter: Rewriter, node: Node) -> None:
-    raise _impossible(node, "Scan had a batch axis before opset 9")
+    """Before opset 9 Scan ran for each row of a batch: that is a Scan over the rows, whose body is the Scan of one row."""
+    if ir.optional_input(node, 0) is not None:
+        raise _impossible(node, "the lengths of its sequences are given")
+    list.__delitem__(node.inputs, 0)
+    directions = node.attrs.pop("directions", None)
+    attrs = node.attrs if directions is None else node.attrs | {"scan_input_directions": directions}
+    rows, results = ([_row(rewriter, t) for t in tensors] for tensors in (node.inputs, node.outputs))
+    body = Graph([], rows, results, name=f"{node.name}_rows", opset=rewriter.graph.opset)
+    Rewriter(rewriter.state, body).node("Scan", rows, results, origin=node, hint=f"{node.name}_row", **attrs)
+    node.attrs.clear()
+    node.attrs |= {"num_scan_inputs": len(rows), "body": body}
+
+
+def _row(rewriter: Rewriter, tensor: Tensor) -> Tensor:
+    """A new tensor for one row of another."""
+    dims = ir.shape(tensor)
+    return rewriter.variable(f"{tensor.name}_row", tensor.dtype, None if dims is None else dims[1:])
 
 
 def _roi_align_16(rewriter: Rewriter, node: Node) -> None:
@@ -215,6 +229,7 @@ UPGRADES: dict[str, dict[int, Upgrade]] = {
     "Hardmax": {13: _softmax_13},
     "LogSoftmax": {13: _softmax_13},
     "Pad": {11: _pad_11},
+    "Reshape": {5: _integers_to_input("shape")},
     "ReduceSum": {13: _integers_to_input("axes")},
     "Resize": {11: _resize_11, 13: _resize_13},
     "RoiAlign": {16: _roi_align_16},

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qcompiler import functions, ir
+from qcompiler import functions, ir, value_types
 from qcompiler.ir import Graph, Node, Tensor
 
 SMALL = 1024
@@ -38,8 +38,10 @@ def infer_shapes(graph: Graph, trust: bool = True) -> None:
 
 def kind(tensor: Tensor) -> str:
     """NumPy's letter for the kind of numbers in a tensor (`f`, `i`, `u`, `b`); empty for other types and unknown ones."""
-    if tensor.dtype is None or isinstance(tensor.dtype, (int, onnx.TypeProto)):
-        return ""  # graphsurgeon keeps the ONNX code of types that NumPy lacks, and all of the type of sequences
+    if tensor.dtype is None or isinstance(
+        tensor.dtype, int
+    ):  # graphsurgeon keeps the ONNX code of types that NumPy lacks
+        return ""
     letter = np.dtype(tensor.dtype).kind
     return letter if letter in "fiub" else ""
 
@@ -104,7 +106,10 @@ def _is_standard(node: Node) -> bool:
 
 
 def _value_info(tensor: Tensor, dims: bool = True) -> onnx.ValueInfoProto:
-    if tensor.dtype is None or getattr(tensor, "type", "tensor_type") != "tensor_type":
+    kind = getattr(tensor, "type", "tensor_type")
+    if isinstance(kind, onnx.TypeProto):
+        return helper.make_value_info(tensor.name, kind)
+    if tensor.dtype is None or kind != "tensor_type":
         return onnx.ValueInfoProto(name=tensor.name)
     code = tensor.dtype if isinstance(tensor.dtype, int) else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     return helper.make_tensor_value_info(tensor.name, code, tensor.shape if dims else None)
@@ -125,6 +130,8 @@ def _update(graph: Graph, proto: onnx.GraphProto, symbols: set[str], trust: bool
 
 
 def _refine(tensor: Tensor, found: onnx.TypeProto | None, symbols: set[str], is_output: bool) -> None:
+    if found is not None and value_types.is_other(found):
+        value_types.set_type(tensor, found)
     if found is None or not found.HasField("tensor_type") or not found.tensor_type.elem_type:
         return
     tensor.dtype = helper.tensor_dtype_to_np_dtype(found.tensor_type.elem_type)

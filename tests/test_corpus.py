@@ -47,6 +47,5 @@ def test_cases(start: int, allowed: dict[str, str]) -> None:
     assert ran > 40, "most cases run in ONNX Runtime"
 
 
-def test_only_refusals_are_allowed(allowed: dict[str, str]) -> None:
-    assert {why.split(":")[0] for why in allowed.values()} == {"refused"}
-    assert len(allowed) < 40
+def test_no_case_has_to_be_allowed(allowed: dict[str, str]) -> None:
+    assert not allowed
