@@ -136,6 +136,19 @@ def test_brings_small_channels_up(opset: int) -> None:
     assert state.counterparts[scaled].factor.shape == (8, 1, 1)
 
 
+def _wide(opset: int) -> onnx.ModelProto:
+    """Maps of which only some rows are looked at."""
+    head = "g (float[1,8,32,32] x) => (float[1,8,h,w] y) {"
+    return graph_text(head + PATTERNS["nothing"] + "}", opset, u=_uneven(8, 8, 1, 1), v=_even(8, 8, 1, 1), c=weights(8))
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18])
+def test_large_maps_are_observed_by_some_of_their_rows(opset: int) -> None:
+    state, count = _equalized(_wide(opset), alpha=1.0)
+    assert count == 1
+    assert_same_function(_wide(opset), ir.to_proto(state.graph))
+
+
 def test_quantization_loses_less() -> None:
     model = _net(PATTERNS["relu"])
     samples = [random_feeds(model, seed) for seed in range(4)]

@@ -81,8 +81,7 @@ def _taps(graph: Graph, tensor: Tensor, ids: Ids) -> list[Tensor]:
     wanted = (("ReduceMin", tensor), ("ReduceMax", tensor), ("ReduceMean", square))
     if graph.opset < 18:
         return [_append(graph, op, [source], axes=axes, keepdims=0) for op, source in wanted]
-    over = ir.Constant(f"{tensor.name}_tap_axes", np.asarray(axes, np.int64))
-    return [_append(graph, op, [source, over], keepdims=0) for op, source in wanted]
+    return [_append(graph, op, [source], axes, keepdims=0) for op, source in wanted]
 
 
 def _some(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
@@ -93,12 +92,13 @@ def _some(graph: Graph, tensor: Tensor, axes: list[int]) -> Tensor:
     size = (ir.shape(tensor) or ())[rows]
     if not isinstance(size, int) or size < _LONG:
         return tensor
-    values = {"starts": 0, "ends": size, "axes": rows, "steps": 4}
-    ranges = [ir.Constant(f"{tensor.name}_tap_{name}", np.array([v], np.int64)) for name, v in values.items()]
-    return _append(graph, "Slice", [tensor, *ranges])
+    return _append(graph, "Slice", [tensor], [0], [size], [rows], [4])
 
 
-def _append(graph: Graph, op: str, inputs: list[Tensor], **attrs: Any) -> Tensor:
-    name = f"{inputs[0].name}_tap_{op}"
-    graph.nodes.append(ir.Node(op, name, attrs, inputs, [ir.Variable(name, np.dtype(np.float32))]))
+def _append(graph: Graph, op: str, tensors: list[Tensor], *numbers: list[int], **attrs: Any) -> Tensor:
+    """Append a node that reads the tensors and then constants of its own, and return its result."""
+    name = f"{tensors[0].name}_tap_{op}"
+    constants = [ir.Constant(f"{name}_{i}", np.array(given, np.int64)) for i, given in enumerate(numbers)]
+    output = ir.Variable(name, np.dtype(np.float32))
+    graph.nodes.append(ir.Node(op, name, attrs, [*tensors, *constants], [output]))
     return graph.nodes[-1].outputs[0]
