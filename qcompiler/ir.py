@@ -250,10 +250,10 @@ def _order_readers(graph: Graph) -> None:
         inner = (g for a in node.attrs.values() if isinstance(a, gs.Graph) for g in all_graphs(a))
         position |= {id(n): i for g in inner for n in g.nodes}
         position[id(node)] = i
-    for node in graph.nodes:
-        for tensor in (*node.inputs, *captures(node)):
-            if len(tensor.outputs) > 1:
-                list.sort(tensor.outputs, key=lambda reader: position.get(id(reader), -1))
+    read = {id(t): t for node in graph.nodes for t in (*node.inputs, *captures(node))}
+    for tensor in read.values():
+        if len(tensor.outputs) > 1:
+            list.sort(tensor.outputs, key=lambda reader: position.get(id(reader), -1))
 
 
 def drop_dead_nodes(graph: Graph) -> list[Node]:

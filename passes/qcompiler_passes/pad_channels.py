@@ -61,15 +61,15 @@ class PadChannels:
 
 @dataclass
 class _Group:
-    """Tensors that must have the same number of channels, and all nodes that make or read them."""
+    """Tensors, by id, that must have the same number of channels, and all nodes that make or read them."""
 
     channels: int
-    tensors: list[Tensor] = field(default_factory=list)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
     members: list[Node] = field(default_factory=list)
     obstacle: Refusal | None = None
 
     def holds(self, tensor: Tensor) -> bool:
-        return any(t is tensor for t in self.tensors)
+        return id(tensor) in self.tensors
 
     def wanted(self, target: Alignment) -> int:
         """The number of channels with which the group is fastest."""
@@ -108,7 +108,7 @@ def _groups(state: CompileState) -> list[_Group]:
 
     def root(key: int) -> int:
         while parent.setdefault(key, key) != key:
-            key = parent[key]
+            parent[key] = key = parent[parent[key]]
         return key
 
     for node in state.graph.nodes:
@@ -119,7 +119,7 @@ def _groups(state: CompileState) -> list[_Group]:
     for tensor in ir.tensors(state.graph):
         channels = static_axis(tensor, 1)
         if channels is not None and not ir.is_constant(tensor):
-            groups.setdefault(root(id(tensor)), _Group(channels)).tensors.append(tensor)
+            groups.setdefault(root(id(tensor)), _Group(channels)).tensors[id(tensor)] = tensor
     fixed = _fixed(state.graph)
     for group in groups.values():
         _look_around(state, group, fixed)
@@ -134,7 +134,7 @@ def _fixed(graph: Graph) -> set[int]:
 def _look_around(state: CompileState, group: _Group, fixed: set[int]) -> None:
     """Note who makes and reads the tensors of a group, and what of that keeps it from being padded."""
     members: dict[int, Node] = {}
-    for tensor in group.tensors:
+    for tensor in group.tensors.values():
         if id(tensor) in fixed:
             group.obstacle = Refusal("an input, an output or a subgraph has these channels", tensor.name)
         for node in (*tensor.inputs, *tensor.outputs):
@@ -213,7 +213,7 @@ def _pad(rewriter: Rewriter, group: _Group, count: int) -> None:
                 axis = None if array is None else _channel_axis(array.shape, rank)
                 if axis is not None and array is not None and array.shape[axis] == group.channels:
                     _take(rewriter, node, [index], copies, axis)
-    for tensor in group.tensors:
+    for tensor in group.tensors.values():
         shape = list(ir.shape(tensor) or ())
         tensor.shape = [shape[0], count, *shape[2:]]
 
