@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +51,21 @@ EXPECTED: Mapping[str, float] = {
 PRIOR = 0.02
 """How strongly."""
 
-FLOOR = 0.1
-"""The least rate, as a share of the expected one: nothing is free."""
+FLOOR: Mapping[str, float] = {"nodes": 0.8}
+"""The least rate, as a share of the expected one, by unit: no operator is free."""
 
-LEAST_FAR: Mapping[str, float] = {"quantize.map": 0.08, "dequantize.map": 0.08, "float.reorder": 0.03}
-"""The least nanoseconds per element beyond a near cache, by kind: several copies of what is converted pass through memory. Few of
-the networks are so large, and to rate this too low scatters float layers over large models."""
+FLOOR_OF_OTHERS = 0.1
+
+LEAST: Mapping[tuple[str, str], float] = {
+    ("quantize.map", "far"): 0.08,
+    ("dequantize.map", "far"): 0.08,
+    ("float.reorder", "far"): 0.03,
+}
+"""The least nanoseconds of some units: several copies of what is converted pass through memory. Few of the networks are so
+large, and to rate this too low scatters float layers over large models."""
+
+SERIAL = ("quantize.map", "quantize.flat", "dequantize.map", "dequantize.flat", "int8.table")
+"""Kinds that a second thread does not speed up: on two threads they cost at least what they do on one."""
 
 OUTLIER = 0.1
 """Relative errors beyond which a time counts less."""
@@ -108,7 +118,7 @@ def measure_table(
             break
     machine = {"cpu": _cpu(), "system": platform.system(), "onnxruntime": version("onnxruntime")}
     works, times = [t.work for t in timed], np.array([t.seconds for t in timed])
-    table = CostTable(fit(works, times[:, 0]), machine, CostTable(fit(works, times[:, 1])))
+    table = fit_table(works, times, machine)
     return table, float(np.median([abs(table.total(t.work) / t.seconds[0] - 1) for t in timed]))
 
 
@@ -132,8 +142,20 @@ def compiled(net: Net) -> list[Timed]:
     ]
 
 
-def fit(works: Sequence[Sequence[Work]], seconds: Matrix) -> dict[str, dict[str, float]]:
-    """Nanoseconds per unit, by kind, that make the relative errors of the sums small; outliers count less, nothing is free."""
+def fit_table(works: Sequence[Sequence[Work]], seconds: Matrix, machine: Mapping[str, str]) -> CostTable:
+    """The rates that explain the seconds, shape (networks, 2), on one thread and on two."""
+    one = fit(works, seconds[:, 0])
+    serial = {(kind, unit): rate for kind in SERIAL for unit, rate in one.get(kind, {}).items()}
+    return CostTable(one, machine, CostTable(fit(works, seconds[:, 1], serial)))
+
+
+def fit(
+    works: Sequence[Sequence[Work]], seconds: Matrix, least: Mapping[tuple[str, str], float] = MappingProxyType({})
+) -> dict[str, dict[str, float]]:
+    """Nanoseconds per unit, by kind, that make the relative errors of the sums small; outliers count less, nothing is free.
+
+    `least`: more bounds beside LEAST.
+    """
     columns: dict[tuple[str, str], int] = {}
     entries = [
         (row, columns.setdefault((work.kind, unit), len(columns)), amount)
@@ -148,17 +170,21 @@ def fit(works: Sequence[Sequence[Work]], seconds: Matrix) -> dict[str, dict[str,
     scale = matrix.max(axis=0)
     matrix /= scale
     expected = scale * np.array([_expected(kind, unit) for kind, unit in columns])
-    floor, prior, weight = FLOOR * expected, PRIOR * np.eye(len(columns)), np.ones(len(works))
+    bounds = {**LEAST, **least}
+    floor = expected * np.array([FLOOR.get(unit, FLOOR_OF_OTHERS) for _, unit in columns])
+    floor = np.maximum(floor, scale * np.array([bounds.get(column, 0.0) for column in columns]))
+    prior, weight = PRIOR * np.eye(len(columns)), np.ones(len(works))
     for _ in range(3):
-        target = np.concatenate([weight * (1 - matrix @ floor), PRIOR * (expected - floor)])
+        target = np.concatenate([weight * (1 - matrix @ floor), PRIOR * np.maximum(expected - floor, 0)])
         rates = floor + nonnegative_least_squares(np.vstack([matrix * weight[:, None], prior]), target)
         error = np.abs(matrix @ rates - 1)
         weight = np.minimum(1, np.sqrt(OUTLIER / np.maximum(error, 1e-9)))
     kinds: dict[str, dict[str, float]] = {kind: {} for kind, _ in columns}
     for (kind, unit), column in columns.items():
         kinds[kind][unit] = float(rates[column] / scale[column])
-    for kind in LEAST_FAR.keys() & kinds.keys():
-        kinds[kind]["far"] = max(LEAST_FAR[kind], kinds[kind].get("far", 0.0))
+    for (kind, unit), bound in bounds.items():
+        if kind in kinds:
+            kinds[kind][unit] = max(bound, kinds[kind].get(unit, 0.0))
     return kinds | _others(kinds)
 
 

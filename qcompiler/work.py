@@ -120,10 +120,15 @@ class Accountant:
         ):
             return []
         works = [self._conversion("dequantize", tensor)]
+        works += [self._elements(f"float.{n.op}.alone", n) for n in tensor.outputs if self._is_fused_with(maker, n)]
         for node in tensor.outputs:
             if self._blocked.get(id(node), False) and self.shapes[tensor.name][1] >= CHANNEL_BLOCK:
                 return [*works, self._reorder(tensor)]
         return works
+
+    def _is_fused_with(self, maker: Node | None, node: Node) -> bool:
+        """Whether the float operator happens inside the convolution `maker`, if that is float too."""
+        return maker is not None and (self._ended(node) is maker or self._joined(node) is maker)
 
     def _reorder(self, tensor: Tensor) -> Work:
         size = math.prod(self.shapes[tensor.name])
@@ -132,9 +137,11 @@ class Accountant:
     def _conversion(self, kind: str, tensor: Tensor) -> Work:
         shape = self.shapes[tensor.name]
         is_map = len(shape) == 4 and math.prod(shape[2:]) > 1
-        positions = math.prod(shape[2:]) if is_map else 0
         size = math.prod(shape)
-        return Work(f"{kind}.{'map' if is_map else 'flat'}", reads=size, positions=positions, far=far(kind, size))
+        if is_map:
+            return Work(f"{kind}.map", reads=size, positions=math.prod(shape[2:]), far=far(kind, size))
+        nodes = 2.0 if len(shape) == 4 else 1.0  # ONNX Runtime moves the channels of a single position, too
+        return Work(f"{kind}.flat", nodes=nodes, reads=size, far=far(kind, size))
 
     def floating(self, block: Block) -> list[Work]:
         """The work of a block in float."""
@@ -149,26 +156,26 @@ class Accountant:
     def _float_node(self, node: Node) -> Iterator[Work]:
         if node.op in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
             yield product("float", node, self.shapes)
-        elif node.op == "Add" and self._joins_conv(node):
-            yield self._elements("float.Add.fused", node)
-        elif self._ends_conv(node):
+        elif self._joined(node) is not None or self._ended(node) is not None:
             yield self._elements(f"float.{node.op}.fused", node)
         else:
             yield self._elements(f"float.{_kind(node)}", node)
         yield from self._reorders(node)
 
-    def _joins_conv(self, node: Node) -> bool:
-        """Whether the Add happens inside a convolution that makes one of its inputs."""
-        if not self._blocked[id(node)]:
-            return False
-        makers = [ir.producer(t) for t in node.inputs if len(t.outputs) == 1]
-        return any(m is not None and m.op == "Conv" for m in makers)
+    def _joined(self, node: Node) -> Node | None:
+        """The convolution inside which the Add happens: one that makes one of its inputs, for it alone."""
+        if node.op != "Add" or not self._blocked[id(node)]:
+            return None
+        makers = (ir.producer(t) for t in node.inputs if len(t.outputs) == 1)
+        return next((m for m in makers if m is not None and m.op == "Conv"), None)
 
-    def _ends_conv(self, node: Node) -> bool:
-        """Whether the function happens inside the convolution that makes its input."""
+    def _ended(self, node: Node) -> Node | None:
+        """The convolution inside which the function happens: the one that makes its input, for it alone."""
+        if node.op not in _FUSED_WITH_CONV:
+            return None
         maker = ir.producer(node.inputs[0])
         alone = len(node.inputs[0].outputs) == 1 and not ir.is_output(self.state.graph, node.inputs[0])
-        return node.op in _FUSED_WITH_CONV and alone and maker is not None and maker.op == "Conv"
+        return maker if alone and maker is not None and maker.op == "Conv" else None
 
     def _reorders(self, node: Node) -> Iterator[Work]:
         """Conversions between the layouts of float tensors."""
@@ -188,9 +195,14 @@ class Accountant:
         if node.op == "Conv":
             outs, depth = self.shapes[node.inputs[1].name][:2]
             group = int(node.attrs.get("group", 1))
+            maker = ir.producer(node.inputs[0])
+            if math.prod(output[2:]) == 1 and not (maker is not None and self._blocked.get(id(maker), False)):
+                return False
             if group == 1 or (depth == 1 and outs == group):
                 return True
             return depth % CHANNEL_BLOCK == 0 and (outs // group) % CHANNEL_BLOCK == 0
+        if (maker := self._ended(node)) is not None:
+            return self._blocked.get(id(maker), False)
         sources = [ir.producer(t) for t in node.inputs if not t.is_empty() and not ir.is_constant(t)]
         if not sources or not all(s is not None and self._blocked.get(id(s), False) for s in sources):
             return False

@@ -146,6 +146,27 @@ def test_blocked_floats_are_reordered_on_the_way_to_integers_and_back() -> None:
     assert [w.kind for w in fit_cost.compiled(Net(1, 32, 8, 8).conv())[1].work].count("float.reorder") == 0
 
 
+def test_a_function_is_fused_only_with_a_float_convolution() -> None:
+    net = Net(1, 32, 8, 8).conv(relu=False).op("HardSwish").conv()
+    kinds = [w.kind for w in fit_cost.compiled(net)[0].work]
+    assert "float.HardSwish.fused" in kinds
+    assert "float.reorder" not in kinds  # what the convolution makes stays in its layout
+    state = state_of(onnx.shape_inference.infer_shapes(net.model()))
+    FormBlocks().run(state)
+    shapes = concrete_shapes(state)
+    assert shapes is not None
+    works = Accountant(state, shapes).total({"node_t0"})
+    assert [w.kind for w in works if "HardSwish" in w.kind] == ["float.HardSwish.fused", "float.HardSwish.alone"]
+
+
+def test_conversions_take_as_long_on_two_threads_as_on_one() -> None:
+    works = [[Work("run"), Work("quantize.map", reads=n)] for n in (1e4, 1e5, 1e6)]
+    one = np.array([4e-6 + 1e-10 * work[1].reads for work in works])
+    table = fit_cost.fit_table(works, np.stack([one, one / 2], axis=1), {})
+    assert table.two is not None
+    assert table.two.seconds(works[1][1]) >= table.seconds(works[1][1])
+
+
 def test_a_function_that_is_written_out_costs_its_operators() -> None:
     three, six = np.float32(3), np.float32(6)
     net = Net(1, 16, 8, 8).conv(relu=False)

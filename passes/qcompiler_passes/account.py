@@ -61,7 +61,7 @@ class Account:
         return 0
 
     def _choose(self, state: CompileState) -> None:
-        best, tried = (True, math.inf), set()
+        best, tried = (math.inf, math.inf), set()
         for skip in CHOICES:
             twin, used = _twin(state), []
             for rewrite in (ExpandOperators(), ExpandActivations(), SplitGroups(), PadChannels(), FoldWidth()):

@@ -28,7 +28,7 @@ FOR_SIZE = 0.02
 ATTEMPTS = ((FOR_SIZE, 0.5), (0.0, 0.5), (0.0, 1.0))
 """What a smaller file may cost, and how much the time on two threads counts, until a placement is not slower than float."""
 
-DOUBT = 0.05
+DOUBT = 0.1
 """The share by which a placement must be predicted to be faster than float on two threads, where predictions are worse."""
 
 TICK = 1e-12
@@ -131,11 +131,11 @@ class Costs:
         one = self.table.total(works) / self.float_time
         return one if self.table.two is None else max(one, self.table.two.total(works) / self._limit_of_two)
 
-    def rank(self) -> tuple[bool, float]:
-        """Whether what is placed now is predicted to be slower than float, and its time; the least is the best."""
+    def rank(self) -> tuple[float, float]:
+        """How much slower than float what is placed now is predicted to be, 1 if it is not, and its time; the least is the best."""
         placed = self.placed()
         self.two = ATTEMPTS[0][1]
-        return self.slowest(placed) > 1, self._time(self.accountant.total(placed))
+        return max(1.0, self.slowest(placed)), self._time(self.accountant.total(placed))
 
     def _time(self, works: Sequence[Work]) -> float:
         """Seconds that count: of one thread, and of two in proportion to those of the float model."""
