@@ -1,4 +1,4 @@
-"""What each technique for accuracy brings: alone, and by its absence from all of them.
+"""What each technique for accuracy brings: alone, by its absence from all of them, and without a part of it.
 
 python benchmarks/ablation.py                                               the models in models/
 python benchmarks/ablation.py MODEL... --calib DATA [--eval DATA] [--test DATA] [--preset NAME]
@@ -14,7 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,23 @@ def variants(registry: Registry, insert: Sequence[str]) -> dict[str, Pipeline]:
     found |= {f"{BASE} + {t}": with_techniques(places, [t]) for t in techniques}
     found |= {name: parse_pipeline(registry.pipelines[name], registry.passes) for name in ("O1", "O2")}
     found |= {f"all but {t}": with_techniques(places, [x for x in techniques if x != t]) for t in techniques}
+    found |= {f"all, {p.name}{{{option}=false}}": full_with(places, p, option) for p, option in switches(places)}
     return {**found, f"all ({FULL})" if not insert else "all": with_techniques(places, techniques)}
+
+
+def switches(places: Sequence[Stage]) -> Iterator[tuple[Pass, str]]:
+    """The passes that only the full pipeline has, with each of their options that can be switched off."""
+    for place in places:
+        if place.full is not None and place.base is None:
+            for field in fields(place.full):  # type: ignore[arg-type]
+                if getattr(place.full, field.name) is True:
+                    yield place.full, field.name
+
+
+def full_with(places: Sequence[Stage], changed: Pass, option: str) -> Pipeline:
+    """The full pipeline with one option of a pass switched off."""
+    stages = [place.full for place in places if place.full is not None]
+    return Pipeline(tuple(replace(s, **{option: False}) if s is changed else s for s in stages))  # type: ignore[type-var]
 
 
 def measure(model: Path, given: argparse.Namespace, pipelines: dict[str, Pipeline]) -> Iterator[Row]:
@@ -128,7 +144,7 @@ def measure(model: Path, given: argparse.Namespace, pipelines: dict[str, Pipelin
 
 def test_samples(
     model: onnx.ModelProto, given: argparse.Namespace, judged: Judge | None, preprocess: Preprocess | None
-) -> list[Feeds]:
+) -> Sequence[Feeds]:
     """What SQNR is measured on: the test data, else that of the judge, else what the compiler holds back."""
     specs = input_specs(model)
     if given.test is not None:

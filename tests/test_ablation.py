@@ -55,6 +55,13 @@ def test_a_pass_that_no_level_runs(ablation: ModuleType) -> None:
     assert str(found["O0 + fold-bias"]) == str(found["all"]) == "normalize,fold-bias,cleanup"
 
 
+def test_a_pass_without_a_part_of_it(ablation: ModuleType) -> None:
+    base, full = "normalize,scale-weights", "normalize,scale-weights,round-weights{samples=4}"
+    found = ablation.variants(registry(base, full), [])
+    parts = {what: str(p) for what, p in found.items() if what.startswith("all, ")}
+    assert parts == {"all, round-weights{compensate=false}": f"{base},round-weights{{samples=4 compensate=false}}"}
+
+
 def test_the_levels_differ_in_techniques(ablation: ModuleType) -> None:
     found = ablation.variants(load_registry(), [])
     assert len([what for what in found if what.startswith("O0 + ")]) >= 3
