@@ -11,6 +11,15 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+def arrays(value: Any) -> list[Array]:
+    """The arrays in an output of a model: itself, those in a sequence or a map, or none in an optional value that is missing."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [array for inner in value for array in arrays(inner)]
+    return [] if value is None else [np.asarray(value)]
+
+
 @dataclass(frozen=True)
 class Error:
     """How far a tensor is from the float model's: SQNR in dB (None if exact), cosine, and the largest absolute difference."""
@@ -63,14 +72,12 @@ class OutputDifference:
         self._rows = self._equal = 0
 
     def add(self, x: Any, y: Any) -> None:
-        """Take in the output for a sample; sequences, and shapes that depend on the data and differ, are passed over."""
-        if (
-            not isinstance(x, np.ndarray)
-            or not isinstance(y, np.ndarray)
-            or x.shape != y.shape
-            or x.dtype.kind not in "fiub"
-        ):
-            return
+        """Take in the output for a sample; shapes that depend on the data and differ, and text, are passed over."""
+        for a, b in zip(arrays(x), arrays(y), strict=False):
+            if a.shape == b.shape and a.dtype.kind in "fiub":
+                self._add(a, b)
+
+    def _add(self, x: Array, y: Array) -> None:
         self._total.add(x, y)
         if x.ndim == 2 and x.shape[1] > 1:
             self._rows += len(x)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from qcompiler import runtime
+from qcompiler.difference import arrays
 from qcompiler.errors import UserError
 from qcompiler.evaluate import Judge
 from qcompiler.quant import QuantParams
@@ -125,16 +126,16 @@ class _Total:
         self.equal = self.count = self.not_finite = 0
 
     def add(self, x: Any, y: Any) -> None:
-        """Take in an array, or a sequence or map of such; where shapes depend on the data and differ, no element is equal."""
-        if isinstance(x, dict) and isinstance(y, dict) and list(x) == list(y):
-            x, y = ([np.asarray(v) for v in values.values()] for values in (x, y))
-        if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
-            for a, b in zip(x, y, strict=True):
-                self.add(a, b)
-        elif isinstance(x, np.ndarray) and isinstance(y, np.ndarray) and x.shape == y.shape:
-            self._add_array(x, y)
-        else:
-            self.count += max(int(np.size(x)) if isinstance(x, np.ndarray) else 1, 1)
+        """Take in an output; where shapes depend on the data and differ, no element is equal."""
+        wanted, given = arrays(x), arrays(y)
+        if len(wanted) != len(given):
+            self.count += max(sum(a.size for a in wanted), 1)
+            return
+        for a, b in zip(wanted, given, strict=True):
+            if a.shape == b.shape:
+                self._add_array(a, b)
+            else:
+                self.count += max(a.size, 1)
 
     def _add_array(self, x: Any, y: Any) -> None:
         same = x == y

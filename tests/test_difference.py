@@ -50,5 +50,12 @@ def test_only_rows_of_classes_agree(shape: tuple[int, ...]) -> None:
 def test_a_shape_that_depends_on_the_data_is_passed_over() -> None:
     output = OutputDifference("y")
     output.add(np.ones((2, 3), np.float32), np.ones((1, 3), np.float32))
-    output.add([1], [2])
     assert output.error().error.sqnr is None
+
+
+def test_sequences_and_maps_are_compared_by_what_they_hold() -> None:
+    output = OutputDifference("y")
+    output.add([{1: 0.0, 2: 3.0}, {1: 4.0, 2: 0.0}], [{1: 0.0, 2: 3.5}, {1: 4.0, 2: 0.0}])
+    output.add([np.zeros(2, np.float32)], [np.zeros(2, np.float32)])
+    output.add(None, None)
+    assert (output.error().error.sqnr, output.error().error.max_error) == (20.0, 0.5)
