@@ -132,7 +132,7 @@ class Costs:
         return one if self.table.two is None else max(one, self.table.two.total(works) / self._limit_of_two)
 
     def rank(self) -> tuple[float, float]:
-        """How much slower than float what is placed now is predicted to be, 1 if it is not, and its time; the least is the best."""
+        """How much slower than float what is placed now is predicted to be, at least 1, and its time; the least is the best."""
         placed = self.placed()
         self.two = ATTEMPTS[0][1]
         return max(1.0, self.slowest(placed)), self._time(self.accountant.total(placed))
