@@ -26,7 +26,7 @@ CHOICES: tuple[tuple[str, ...], ...] = (
 )
 """What may be left out. These rewrites speed integers up on one thread, but slow down what `place` then keeps in float."""
 
-MARGIN = 0.98
+MARGIN = 0.995
 """A rewrite must save this much of the predicted time."""
 
 

@@ -22,7 +22,7 @@ OBJECTIVES = ("latency", "size", "integer")
 SMALL = 1e-4
 """Seconds of inference below which there is nothing to gain or lose."""
 
-FOR_SIZE = 0.02
+FOR_SIZE = 0.05
 """The share of the float time that a smaller file may cost."""
 
 ATTEMPTS = ((FOR_SIZE, 0.5), (0.0, 0.5), (0.0, 1.0))
