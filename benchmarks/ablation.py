@@ -3,8 +3,8 @@
 python benchmarks/ablation.py                                               the models in models/
 python benchmarks/ablation.py MODEL... --calib DATA [--eval DATA] [--test DATA] [--preset NAME]
 
-The techniques are read from the registry: what -O3 does beyond -O0, pass by pass. A pass that no level runs can be put in with
---insert PASS:BEFORE, where BEFORE is the pass that it stands before.
+The techniques are read from the registry: what -O3, or another level (--level O2), does beyond -O0, pass by pass. A pass that no
+level runs can be put in with --insert PASS:BEFORE, where BEFORE is the pass that it stands before.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from qcompiler.split import Split
 MODELS = Path(__file__).resolve().parent.parent / "models"
 MAX_SAMPLES = 200
 BASE, FULL = "O0", "O3"
+LEVELS = ("O1", "O2", "O3")
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def with_techniques(places: Sequence[Stage], chosen: Collection[str]) -> Pipelin
     return Pipeline(tuple(stage for stage in found if stage is not None))
 
 
-def variants(registry: Registry, insert: Sequence[str]) -> dict[str, Pipeline]:
+def variants(registry: Registry, insert: Sequence[str], level: str = FULL) -> dict[str, Pipeline]:
     """The pipelines to compare, by what they show."""
-    base, full = (parse_pipeline(registry.pipelines[name], registry.passes) for name in (BASE, FULL))
+    base, full = (parse_pipeline(registry.pipelines[name], registry.passes) for name in (BASE, level))
     for item in insert:
         text, _, before = item.rpartition(":")
         [extra] = parse_pipeline(text, registry.passes).passes
@@ -100,10 +101,10 @@ def variants(registry: Registry, insert: Sequence[str]) -> dict[str, Pipeline]:
     techniques = [place.technique for place in places if place.technique]
     found = {BASE: base}
     found |= {f"{BASE} + {t}": with_techniques(places, [t]) for t in techniques}
-    found |= {name: parse_pipeline(registry.pipelines[name], registry.passes) for name in ("O1", "O2")}
+    found |= {name: parse_pipeline(registry.pipelines[name], registry.passes) for name in LEVELS[: LEVELS.index(level)]}
     found |= {f"all but {t}": with_techniques(places, [x for x in techniques if x != t]) for t in techniques}
     found |= {f"all, {p.name}{{{option}=false}}": full_with(places, p, option) for p, option in switches(places)}
-    return {**found, f"all ({FULL})" if not insert else "all": with_techniques(places, techniques)}
+    return {**found, f"all ({level})" if not insert else "all": with_techniques(places, techniques)}
 
 
 def switches(places: Sequence[Stage]) -> Iterator[tuple[Pass, str]]:
@@ -183,6 +184,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--optimize", default="size", choices=["latency", "size"], help="what is quantized  [default: size]"
     )
+    parser.add_argument("--level", default=FULL, choices=LEVELS, help="what all techniques are  [default: O3]")
     parser.add_argument("--json", action="store_true", help="print a list of objects in place of the tables")
     given = parser.parse_args()
     if not given.models:
@@ -196,7 +198,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     try:
-        pipelines = variants(load_registry(), given.insert)
+        pipelines = variants(load_registry(), given.insert, given.level)
         rows = [row for model in given.models for row in measure(model, given, pipelines)]
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
