@@ -121,7 +121,7 @@ def test_options_exist(path: Path) -> None:
     spans = re.findall(r"`(-[^`]+)`|qcompile ([^`\n]+)", lines)
     assert spans or path.name not in ("README.md", "write-a-pass.md")
     used = {word for span in spans for text in span for word in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text)}
-    assert used <= known | ({"--test", "--insert"} if path.parent.name == "benchmarks" else set())
+    assert used <= known | ({"--test", "--insert", "--level"} if path.parent.name == "benchmarks" else set())
 
 
 def test_documents_and_help_name_every_collector() -> None:
