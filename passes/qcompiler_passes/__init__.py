@@ -53,7 +53,7 @@ LEVELS = {
     "O1": f"{_FLOAT},{_PLACE},calibrate{{means=0}},power-of-two-factors,align-scales,scale-weights,{_INTEGER}",
     "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,"
     f"round-weights{{samples=16 rows=8 largest=128}},correct-bias,{_INTEGER}",
-    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate{{samples_per_tensor=65536 means=128}},choose-ranges,"
+    "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate{{means=128}},choose-ranges,"
     f"power-of-two-factors,align-scales,scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
 }
 """What `-O0` to `-O3` run: the same rewrites, with more and more time for accuracy."""

@@ -22,12 +22,16 @@ from qcompiler_passes.calibrate import Calibrate
 from qcompiler_passes.consumer_errors import least_error
 from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.insert_qdq import InsertQdq
+from qcompiler_passes.round_weights import RoundWeights
 from qcompiler_passes.scale_weights import ScaleWeights
 
 _LEAST = 1e-6
 """Probabilities below it are equal."""
 
 _AUTO_SAMPLES = 16
+
+_QUICK = RoundWeights(samples=16, rows=8, largest=128)
+"""What makes up for errors in trials: a range that this copes with does no harm."""
 
 F64 = NDArray[np.float64]
 Outputs = Sequence[Sequence[NDArray[Any]]]
@@ -39,7 +43,7 @@ class ChooseRanges:
 
     What a clip range costs shows at the outputs only: the tensor itself, and the layer behind it, rate the clipping of rare
     large values, which carry detections and classes, too low (measured: a range that halves the error of the next layer often
-    raises that of the model). So each model is quantized, with corrected biases, and run on `samples` samples; another collector
+    raises that of the model). So each model is quantized, with weights and biases that make up for errors, and run on `samples` samples; another collector
     wins if the noise at the output that suffers most is less than the share `better` of that of the first, and if it is less on
     the share `most` of the samples: a few samples decide what clipping costs in the mean, and others will come.
 
@@ -111,7 +115,7 @@ def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs) -> F6
     """
     trial = state.clone()
     trial.rewrite_limit = None
-    for stage in (AlignScales(), ScaleWeights(), CorrectBias(), InsertQdq()):
+    for stage in (AlignScales(), ScaleWeights(), _QUICK, CorrectBias(), InsertQdq()):
         stage.run(trial)
     given = run_all(session(ir.to_proto(trial.graph), consume=True), samples)
     columns = zip(state.graph.outputs, zip(*wanted, strict=True), zip(*given, strict=True), strict=True)
