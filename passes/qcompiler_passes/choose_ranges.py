@@ -43,9 +43,10 @@ class ChooseRanges:
 
     What a clip range costs shows at the outputs only: the tensor itself, and the layer behind it, rate the clipping of rare
     large values, which carry detections and classes, too low (measured: a range that halves the error of the next layer often
-    raises that of the model). So each model is quantized, with weights and biases that make up for errors, and run on `samples` samples; another collector
-    wins if the noise at the output that suffers most is less than the share `better` of that of the first, and if it is less on
-    the share `most` of the samples: a few samples decide what clipping costs in the mean, and others will come.
+    raises that of the model). So each model is quantized, with weights and biases that make up for errors, and run on
+    `samples` samples; another collector wins if the noise at the output that suffers most is less than the share `better` of
+    that of the first, and if it is less on the share `most` of the samples: a few samples decide what clipping costs in the
+    mean, and others will come.
 
     `collectors`: names, with spaces between them. `auto`: whether to try, too, the mixture in which each tensor has the range
     of that collector with which the outputs of the layers that read it change least.
