@@ -48,3 +48,17 @@ def test_moments_are_those_about_the_mean_unless_the_mean_counts() -> None:
     mean_x, mean_d = whole.means()
     np.testing.assert_allclose(mean_x[0], both[:, :8].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(mean_d[0], both[:, 8:].mean(axis=0), atol=1e-6)
+
+
+def test_a_mean_much_larger_than_the_spread_leaves_a_covariance() -> None:
+    x = np.float32(300) + 1e-3 * vectors(400)
+    found = sum_of(np.split(x, 4, axis=1)).products()[0]
+    np.testing.assert_allclose(found[0], np.cov(x[0].astype(np.float64).T, bias=True), atol=1e-8)
+    assert np.all(sum_of([np.full((1, 9, 5), 7.3, np.float32)]).products()[0] == 0)
+
+
+def sum_of(parts: list[np.ndarray]) -> Moments:
+    whole = Moments(parts[0][:, :1])
+    for part in parts:
+        whole.add(part, np.zeros_like(part))
+    return whole

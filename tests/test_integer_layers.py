@@ -51,6 +51,20 @@ def norm(scale: float, channels: int = 24) -> tuple[np.ndarray, QuantParams, Qua
     return q, x, QuantParams(SPEC, np.float32(0.03), 126), rng.normal(0, 1, channels), rng.normal(0, 1, channels)
 
 
+def inputs_of_norm(
+    q: np.ndarray, x: quant.QuantParams, constants: integer_layers.NormConstants
+) -> dict[str, np.ndarray]:
+    """What the functions of the norms take."""
+    return {
+        "q": q,
+        "zero_point": np.asarray(x.zero_point, np.uint8),
+        "factors": constants.factors,
+        "epsilon": np.asarray(constants.epsilon, np.int64),
+        "multiplier": constants.multiplier,
+        "bias": constants.bias,
+    }
+
+
 @pytest.mark.parametrize("scale", [1e-4, 0.01, 3.0])
 @pytest.mark.parametrize("factors", [True, False])
 def test_layer_norm(scale: float, factors: bool) -> None:
@@ -62,15 +76,7 @@ def test_layer_norm(scale: float, factors: bool) -> None:
     centred = values - values.mean(axis=-1, keepdims=True)
     wanted = centred / np.sqrt(values.var(axis=-1, keepdims=True) + 1e-5) * gamma + beta
     assert np.abs(acc * 2.0 ** -(2 * integer_layers.NORM_BITS) * float(y.scale) - wanted).max() < 2e-4
-    inputs = {
-        "q": q,
-        "zero_point": np.uint8(x.zero_point),
-        "factors": constants.factors,
-        "epsilon": np.int64(constants.epsilon),
-        "multiplier": constants.multiplier,
-        "bias": constants.bias,
-    }
-    assert_equals_reference("IntLayerNorm", inputs, acc)
+    assert_equals_reference("IntLayerNorm", inputs_of_norm(q, x, constants), acc)
 
 
 def probabilities(q: np.ndarray, scale: float) -> np.ndarray:
@@ -238,12 +244,4 @@ def test_rms_norm(scale: float) -> None:
     values = quant.dequantize(q, x).astype(np.float64)
     wanted = values / np.sqrt(np.square(values).mean(axis=-1, keepdims=True) + 1e-5) * gamma
     assert np.abs(acc * 2.0 ** -(2 * integer_layers.NORM_BITS) * float(y.scale) - wanted).max() < 2e-4
-    inputs = {
-        "q": q,
-        "zero_point": np.uint8(x.zero_point),
-        "factors": constants.factors,
-        "epsilon": np.int64(constants.epsilon),
-        "multiplier": constants.multiplier,
-        "bias": constants.bias,
-    }
-    assert_equals_reference("IntRMSNorm", inputs, acc)
+    assert_equals_reference("IntRMSNorm", inputs_of_norm(q, x, constants), acc)

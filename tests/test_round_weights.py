@@ -15,7 +15,7 @@ from qcompiler_passes.correct_bias import CorrectBias
 from qcompiler_passes.form_blocks import FormBlocks
 from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.layer_inputs import vectors
-from qcompiler_passes.nearest_plane import covariance, nearest_plane
+from qcompiler_passes.nearest_plane import nearest_plane
 from qcompiler_passes.round_weights import RoundWeights
 from qcompiler_passes.scale_weights import ScaleWeights
 
@@ -57,15 +57,6 @@ def test_correlated_inputs_let_errors_cancel(columns: int) -> None:
     assert damage(q, w, scale, hessian).sum() < 0.5 * damage(nearest, w, scale, hessian).sum()
 
 
-def test_a_mean_much_larger_than_the_spread_leaves_a_covariance() -> None:
-    rng = np.random.default_rng(0)
-    spread = 1e-3 * rng.standard_normal((1, 400, 40)).astype(np.float32)
-    x = np.float32(300) + spread
-    found = covariance(iter(np.split(x, 4, axis=1)), centered=True)
-    np.testing.assert_allclose(found[0], np.cov(x[0].astype(np.float64).T, bias=True), atol=1e-8)
-    assert np.all(covariance([np.full((1, 9, 5), 7.3, np.float32)], centered=True) == 0)
-
-
 def test_two_columns_match_an_exhaustive_search() -> None:
     w = np.array([[[0.49, 0.49], [0.3, -0.2], [1.4, 0.6]]], np.float32)
     scale = np.ones((1, 3, 2), np.float32)
@@ -102,13 +93,6 @@ def test_the_inputs_of_a_convolution_times_its_weights_are_its_outputs(
     found = (inputs @ rows.transpose(0, 2, 1)).transpose(1, 0, 2).reshape(-1, w.shape[0])
     wanted = np.moveaxis(run(model, {"x": x})[0], 1, -1).reshape(-1, w.shape[0])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_the_covariance_is_that_of_all_vectors() -> None:
-    parts = [correlated(40, 5, seed)[None] for seed in range(3)]
-    everything = np.concatenate(parts, axis=1)[0].astype(np.float64)
-    np.testing.assert_allclose(covariance(parts, True)[0], np.cov(everything.T, bias=True), rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(covariance(parts, False)[0], everything.T @ everything / 120, rtol=1e-3, atol=1e-4)
 
 
 def rounded(text: str, **constants: np.ndarray) -> tuple[CompileState, RoundWeights]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,26 +16,6 @@ def spread(total: int, wanted: int, sample: int) -> NDArray[np.intp]:
     distance = max(total / wanted, 1.0)
     start = sample * 0.6180339887 % 1.0 * distance
     return np.arange(start, total, distance).astype(np.intp)
-
-
-def covariance(inputs: Iterable[F32], centered: bool) -> NDArray[np.float32]:
-    """The mean of x^T x over all vectors x, less that of their mean if `centered`: (groups, weights, weights)."""
-    products: Any = 0
-    sums: Any = 0
-    count = 0
-    shift: Any = None
-    for vectors in inputs:
-        if (
-            shift is None
-        ):  # where the spread is measured from, lest a mean much larger than it leave nothing but rounding
-            shift = vectors[:, :1] if centered else 0
-        x = vectors - shift
-        products = products + x.transpose(0, 2, 1) @ x
-        sums = sums + x.sum(axis=1, dtype=np.float64)
-        count += x.shape[1]
-    mean = sums / count
-    outer = mean[:, :, None] * mean[:, None, :] if centered else 0
-    return np.asarray(products / count - outer, np.float32)
 
 
 def damp(hessian: NDArray[np.floating], damping: float) -> None:

@@ -19,7 +19,7 @@ from qcompiler.rewrite import Refusal, Rewriter, Rule
 from qcompiler.state import CompileState, Phase
 from qcompiler_passes.blockwise import gather, pack, quantize_blocks
 from qcompiler_passes.linear import Linear
-from qcompiler_passes.nearest_plane import covariance, damp, nearest_plane, spread
+from qcompiler_passes.nearest_plane import damp, nearest_plane, spread
 from qcompiler_passes.runtime_layers import missing_kernel, product, replace_nodes, rewrite_layers, take_bias
 
 _KERNEL = "com.microsoft.MatMulNBits"
@@ -37,7 +37,7 @@ class QuantizeBlocks:
 
     With calibration data, weights are not rounded to the nearest integers but so that what the layer computes on `samples`
     samples changes least (GPTQ, see `nearest_plane`), layer after layer, each on what the rounded layers before it give.
-    `damping`: what is added to the diagonal of the covariance, relative to its mean.
+    `damping`: what is added to the diagonal of the Hessian, relative to its mean.
     """
 
     bits: int = 4
@@ -91,7 +91,7 @@ class QuantizeBlocks:
         wanted = -(-_VECTORS * rows.shape[1] // len(values))
         vectors = (x.reshape(-1, x.shape[-1]) for x in values)
         picked = np.concatenate([v[spread(len(v), wanted, i)] for i, v in enumerate(vectors)])
-        hessian = covariance([picked[None]], centered=False)
+        hessian = (picked.T @ picked / len(picked))[None]
         damp(hessian, self.damping)
         low = -(2 ** (self.bits - 1))
         integers = nearest_plane(rows[None], steps[None], hessian, low, -low - 1)[0]

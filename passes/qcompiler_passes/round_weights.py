@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -116,10 +115,9 @@ class RoundWeights:
         return np.ascontiguousarray(integers if layer.op == "Conv" else integers.T), shift.reshape(-1)
 
     def _moments(
-        self, layer: Node, shape: tuple[int, ...], columns: int, pairs: Iterable[tuple[F32, F32]]
+        self, layer: Node, shape: tuple[int, ...], columns: int, pairs: list[tuple[F32, F32]]
     ) -> tuple[Moments, Moments]:
         """Those of every other sample, and of the rest."""
-        pairs = list(pairs)
         wanted = max(-(-self.rows * columns // len(pairs)), _LEAST_ROWS)
         halves: list[Moments] = []
         for i, (x, float_x) in enumerate(pairs):

@@ -27,6 +27,7 @@ from qcompiler.options import (
 if TYPE_CHECKING:
     from qcompiler.compile import CompileResult
     from qcompiler.instrument import PassTime
+    from qcompiler.refusals import Refusals
 
 EPILOG = """\b
 Examples:
@@ -126,18 +127,25 @@ def command(
     if report is not None and recorder is not None:
         write_report(report, result, recorder, shlex.join(["qcompile", *sys.argv[1:]]))
     try:
-        if as_json:
-            why_not = {"why": refusals.to_dict()} if refusals else {}
-            click.echo(json.dumps({**result.report.to_dict(), **why_not}))
-        elif not quiet:
-            _print_summary(result, verbose, show_time)
-        if as_json or quiet:
-            for warning in result.report.warnings:
-                click.echo(f"warning: {warning}", err=True)
-        if refusals and not as_json:
-            click.echo("\n".join(refusals.lines(verbose)))
+        _show(result, refusals, as_json=as_json, quiet=quiet, verbose=verbose, show_time=show_time)
     except BrokenPipeError:  # whoever read the summary has gone; the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(
+    result: CompileResult, refusals: Refusals | None, *, as_json: bool, quiet: bool, verbose: bool, show_time: bool
+) -> None:
+    """Print what became of the model, and what passes left as it was if that was asked for."""
+    if as_json:
+        why_not = {"why": refusals.to_dict()} if refusals else {}
+        click.echo(json.dumps({**result.report.to_dict(), **why_not}))
+    elif not quiet:
+        _print_summary(result, verbose, show_time)
+    if as_json or quiet:
+        for warning in result.report.warnings:
+            click.echo(f"warning: {warning}", err=True)
+    if refusals and not as_json:
+        click.echo("\n".join(refusals.lines(verbose)))
 
 
 def _check_places(model: Path, calib: Path | None, output: Path, others: list[Path]) -> None:
