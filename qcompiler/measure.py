@@ -28,7 +28,7 @@ EQUAL_FLOOR = 0.5
 WORST_SQNR = -999.0
 """dB of an output with values that are not finite, or that should be zero: what JSON can hold."""
 
-RACE_SECONDS = 0.3
+RACE_SECONDS = 0.15
 RANDOM_SAMPLES = 4
 
 

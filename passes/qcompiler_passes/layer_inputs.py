@@ -26,18 +26,34 @@ def vectors(layer: Node, shape: tuple[int, ...], x: NDArray[Any], wanted: int, s
     if layer.op != "Conv":
         rows = x.reshape(-1, x.shape[-1])
         return np.asarray(rows[spread(len(rows), wanted, sample)][None], np.float32)
-    dims = len(shape) - 2
-    strides, dilations = (layer.attrs.get(key, [1] * dims) for key in ("strides", "dilations"))
-    pads = layer.attrs.get("pads", [0] * 2 * dims)
-    x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:dims], pads[dims:], strict=True)])
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, shape[2:], strict=True)]
-    windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + dims)))
-    steps = [slice(None, None, step) for step in (*strides, *dilations)]
-    windows = windows[(slice(None), slice(None), *steps)]
-    windows = np.moveaxis(windows, 1, 1 + dims)  # batch, positions, channels, kernel
-    positions = np.unravel_index(
-        spread(int(np.prod(windows.shape[: 1 + dims])), wanted, sample), windows.shape[: 1 + dims]
-    )
-    groups = x.shape[1] // shape[1]
-    found = windows[positions].reshape(len(positions[0]), groups, -1)
-    return np.asarray(found.transpose(1, 0, 2), np.float32)
+    positions, outside = _taps(layer, x.shape, shape[2:], wanted, sample)
+    by_channel = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+    found = np.take(by_channel, positions, axis=1, mode="clip")  # which lets other threads run
+    if outside.any():
+        found[:, outside] = 0
+    by_group = found.reshape(-1, shape[1], *positions.shape).transpose(0, 2, 1, 3)
+    return np.asarray(by_group.reshape(len(by_group), len(positions), -1), np.float32)
+
+
+def _taps(
+    conv: Node, shape: tuple[int, ...], kernel: tuple[int, ...], wanted: int, sample: int
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Where a convolution takes about `wanted` of its vectors from, as positions in all but the channels of what it reads.
+
+    Shape (vectors, weights per channel). The second array: which of them are padding.
+    """
+    dims = len(kernel)
+    strides, dilations = (conv.attrs.get(key, [1] * dims) for key in ("strides", "dilations"))
+    pads = conv.attrs.get("pads", [0] * 2 * dims)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    padded = [size + before + after for size, before, after in zip(shape[2:], pads[:dims], pads[dims:], strict=True)]
+    counts = [(size - r) // step + 1 for size, r, step in zip(padded, reach, strides, strict=True)]
+    total = shape[0] * int(np.prod(counts))
+    position, *starts = np.unravel_index(spread(total, wanted, sample)[:, None], (shape[0], *counts))
+    outside = np.zeros((len(position), int(np.prod(kernel))), np.bool_)
+    offsets = np.indices(kernel).reshape(dims, 1, -1)
+    for i, size in enumerate(shape[2:]):
+        place = starts[i] * strides[i] - pads[i] + offsets[i] * dilations[i]
+        outside |= (place < 0) | (place >= size)
+        position = position * size + place
+    return np.where(outside, 0, position), outside

@@ -26,7 +26,7 @@ _COMPENSATED = 2048
 """Layers of more weights per output channel are rounded only: the regression takes the cube of that number of operations."""
 
 
-_LEAST_ROWS = 64
+_LEAST_ROWS = 16
 """Of every sample, so many vectors are looked at, if it has them."""
 
 
@@ -100,12 +100,13 @@ class RoundWeights:
         by_row = weight if layer.op == "Conv" else weight.T
         groups = int(layer.attrs.get("group", 1)) if layer.op == "Conv" else 1
         w = by_row.reshape(groups, by_row.shape[0] // groups, -1)
-        halves = self._moments(layer, weight.shape, w.shape[2], pairs)
+        is_depthwise = groups > 1 and weight.shape[1] == 1  # one channel holds too little to make up for errors with
+        compensate = self.compensate and not is_depthwise and w.shape[2] <= _COMPENSATED and len(pairs) > 1
+        halves = self._moments(layer, weight.shape, w.shape[2], pairs, compensate)
         whole = halves[0] + halves[1]
-        fits = self.compensate and w.shape[2] <= _COMPENSATED and len(pairs) > 1
-        aim = compensated(w, halves) if fits else w
+        aim = compensated(w, halves) if compensate else w
         scale = np.broadcast_to(np.asarray(params.scale).reshape(-1), by_row.shape[:1]).reshape(*w.shape[:2], 1)
-        hessian = np.asarray(whole.products()[0], np.float32)
+        hessian = np.asarray(whole.squares(), np.float32)
         damp(hessian, self.damping)
         spec = params.spec
         rounded = nearest_plane(aim, np.broadcast_to(scale, w.shape), hessian, spec.qmin, spec.qmax)
@@ -115,7 +116,7 @@ class RoundWeights:
         return np.ascontiguousarray(integers if layer.op == "Conv" else integers.T), shift.reshape(-1)
 
     def _moments(
-        self, layer: Node, shape: tuple[int, ...], columns: int, pairs: list[tuple[F32, F32]]
+        self, layer: Node, shape: tuple[int, ...], columns: int, pairs: list[tuple[F32, F32]], crossed: bool
     ) -> tuple[Moments, Moments]:
         """Those of every other sample, and of the rest."""
         wanted = max(-(-self.rows * columns // len(pairs)), _LEAST_ROWS)
@@ -124,7 +125,7 @@ class RoundWeights:
             some, exact = (vectors(layer, shape, values, wanted, i) for values in (x, float_x))
             if not halves:
                 origin = None if layer.op == "MatMul" else some[:, :1]
-                halves = [Moments(origin), Moments(origin)]
+                halves = [Moments(origin, crossed), Moments(origin, crossed)]
             halves[i % 2].add(some, exact - some)
         return halves[0], halves[1]
 
