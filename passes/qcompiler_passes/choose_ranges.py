@@ -14,7 +14,7 @@ from qcompiler import ir
 from qcompiler.errors import UserError
 from qcompiler.ir import Tensor
 from qcompiler.ops import Lowering, rule_of
-from qcompiler.pipeline import closest
+from qcompiler.pipeline import Pass, closest
 from qcompiler.runtime import run_all, session
 from qcompiler.state import CompileState, Feeds, Phase
 from qcompiler_passes.align_scales import AlignScales
@@ -25,13 +25,14 @@ from qcompiler_passes.insert_qdq import InsertQdq
 from qcompiler_passes.round_weights import RoundWeights
 from qcompiler_passes.scale_weights import ScaleWeights
 
-_LEAST = 1e-6
-"""Probabilities below it are equal."""
+_LEAST = 1e-9
+"""Probabilities below it count as this."""
 
 _AUTO_SAMPLES = 16
 
-_QUICK = RoundWeights(samples=16, rows=8, largest=128)
-"""What makes up for errors in trials: a range that this copes with does no harm."""
+_QUICK = (RoundWeights(samples=16, rows=8, largest=128), CorrectBias())
+_THOROUGH = (RoundWeights(), CorrectBias(samples=128))
+"""What makes up for errors in the model of a trial: a range that this copes with does no harm."""
 
 F64 = NDArray[np.float64]
 Outputs = Sequence[Sequence[NDArray[Any]]]
@@ -46,7 +47,8 @@ class ChooseRanges:
     raises that of the model). So each model is quantized, with weights and biases that make up for errors, and run on
     `samples` samples; another collector wins if the noise at the output that suffers most is less than the share `better` of
     that of the first, and if it is less on the share `most` of the samples: a few samples decide what clipping costs in the
-    mean, and others will come.
+    mean, and others will come. In trials weights and biases are fitted quickly; the winner has to win once more when both are
+    fitted as well as they can be.
 
     `collectors`: names, with spaces between them. `auto`: whether to try, too, the mixture in which each tensor has the range
     of that collector with which the outputs of the layers that read it change least.
@@ -72,15 +74,22 @@ class ChooseRanges:
         samples = list(islice(state.calibration, self.samples))
         wanted = run_all(session(ir.to_proto(state.graph), consume=True), samples)
         first = _noise(state, samples, wanted)
-        least, best = self.better * _worst(first), state
+        least, best = np.inf, state
         for trial in self._trials(state, samples):
             noise = _noise(trial, samples, wanted)
-            if _worst(noise) < least and np.mean(noise.sum(axis=0) < first.sum(axis=0)) >= self.most:
+            if _worst(noise) < least and self._wins(noise, first):
                 least, best = _worst(noise), trial
+        finished = (_noise(s, samples, wanted, _THOROUGH) for s in (best, state))
+        if best is not state and not self._wins(*finished):
+            return 0
         changed = [name for name, params in best.params.items() if not params.same_as(state.params[name])]
         for name in changed[: state.rewrite_limit]:
             state.params[name] = best.params[name]
         return len(changed[: state.rewrite_limit])
+
+    def _wins(self, noise: F64, first: F64) -> bool:
+        is_less = noise.sum(axis=0) < first.sum(axis=0)
+        return _worst(noise) < self.better * _worst(first) and bool(np.mean(is_less) >= self.most)
 
     def _trials(self, state: CompileState, samples: Sequence[Feeds]) -> Iterator[CompileState]:
         """The state with the params of each collector, then with those of all mixed."""
@@ -109,14 +118,12 @@ def _worst(noise: F64) -> float:
     return float(noise.sum(axis=1).max(initial=0))
 
 
-def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs) -> F64:
-    """What the params of the state do: the squared error relative to the power of all samples; shape (outputs, samples).
-
-    Of probabilities the logarithms are compared: these all but saturate, and a few decisions that flip would drown the rest.
-    """
+def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs, fit: Sequence[Pass] = _QUICK) -> F64:
+    """What the params of the state do to the outputs of all samples, when `fit` makes up for it; shape (outputs, samples)."""
     trial = state.clone()
     trial.rewrite_limit = None
-    for stage in (AlignScales(), ScaleWeights(), _QUICK, CorrectBias(), InsertQdq()):
+    stages: Sequence[Pass] = (AlignScales(), ScaleWeights(), *fit, InsertQdq())
+    for stage in stages:
         stage.run(trial)
     given = run_all(session(ir.to_proto(trial.graph), consume=True), samples)
     columns = zip(state.graph.outputs, zip(*wanted, strict=True), zip(*given, strict=True), strict=True)
@@ -124,13 +131,23 @@ def _noise(state: CompileState, samples: Sequence[Feeds], wanted: Outputs) -> F6
 
 
 def _relative(tensor: Tensor, wanted: Sequence[NDArray[Any]], given: Sequence[NDArray[Any]]) -> F64:
-    """The noise of one output, shape (samples,)."""
+    """The noise of one output, shape (samples,): its power relative to that of all samples.
+
+    Of probabilities it is the Kullback-Leibler divergence from the wanted ones, relative to the number of distributions.
+    """
     maker = ir.producer(tensor)
-    noise, power = np.zeros(len(wanted)), 0.0
-    for i, pair in enumerate(zip(wanted, given, strict=True)):
-        if pair[0].dtype.kind == "f" and pair[0].shape == pair[1].shape:
-            is_softmax = maker is not None and maker.op == "Softmax"
-            a, b = (np.log(np.maximum(x, _LEAST)) if is_softmax else x for x in pair)
-            noise[i] = np.square(a - b, dtype=np.float64).sum()
-            power += float(np.square(a, dtype=np.float64).sum())
-    return noise / power if 0 < power < np.inf else np.zeros_like(noise)
+    compare = _divergence if maker is not None and maker.op == "Softmax" else _squares
+    pairs = list(zip(wanted, given, strict=True))
+    found = [compare(a, b) if a.dtype.kind == "f" and a.shape == b.shape else (0.0, 0.0) for a, b in pairs]
+    noise, power = np.array(found).reshape(-1, 2).T
+    return noise / power.sum() if 0 < power.sum() < np.inf else np.zeros_like(noise)
+
+
+def _squares(wanted: NDArray[Any], given: NDArray[Any]) -> tuple[float, float]:
+    noise, power = (float(np.square(x, dtype=np.float64).sum()) for x in (wanted - given, wanted))
+    return noise, power
+
+
+def _divergence(wanted: NDArray[Any], given: NDArray[Any]) -> tuple[float, float]:
+    p, q = (np.maximum(x, _LEAST, dtype=np.float64) for x in (wanted, given))
+    return float((p * np.log(p / q)).sum()), float(wanted.sum())
