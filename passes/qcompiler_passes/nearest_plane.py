@@ -15,7 +15,8 @@ def spread(total: int, wanted: int, sample: int) -> NDArray[np.intp]:
     """`wanted` of `total` positions, at even distances, shifted from sample to sample by the golden ratio."""
     distance = max(total / wanted, 1.0)
     start = sample * 0.6180339887 % 1.0 * distance
-    return np.arange(start, total, distance).astype(np.intp)
+    positions = np.arange(start, total, distance).astype(np.intp)
+    return positions[positions < total]  # rounding may add one
 
 
 def damp(hessian: NDArray[np.floating], damping: float) -> None:
