@@ -6,10 +6,13 @@ import onnx
 
 from qcompiler import ir, runtime
 from qcompiler.errors import UserError
-from qcompiler.ir import Tensor
+from qcompiler.ir import Graph, Tensor
 from qcompiler.products import Shape
 from qcompiler.shapes import infer_shapes
 from qcompiler.state import CompileState, Feeds
+
+_RUNS = 2
+"""So often the model runs up to tensors where inference does not get on, before it runs as a whole."""
 
 
 def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
@@ -24,11 +27,7 @@ def concrete_shapes(state: CompileState) -> dict[str, Shape] | None:
         sample = None if state.calibration is None else next(iter(state.calibration), None)
         found = None
         if sample is not None:
-            found = (
-                _named(state, unknown, sample)
-                or _inferred(state, unknown, sample)
-                or _shapes_in(state, unknown, sample)
-            )
+            found = _named(state, unknown, sample) or _found(state, unknown, sample)
         if found is None:
             return None
         shapes |= found
@@ -49,26 +48,47 @@ def _named(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[st
     return found
 
 
-def _inferred(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
-    """What follows from the shapes of the sample without running the model; None if that is not all."""
+def _found(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
+    """What follows from the shapes of the sample; where inference does not get on, the model runs as far as it has to."""
     graph = state.graph.copy()
     for tensor in graph.inputs:
         tensor.shape = list(sample[tensor.name].shape)
-    infer_shapes(graph)
-    known = {t.name: ir.static_shape(t) for t in ir.tensors(graph)}
-    found = {t.name: shape for t in tensors if (shape := known.get(t.name)) is not None}
-    return found if len(found) == len(tensors) else None
+    names = {t.name for t in tensors}
+    known: dict[str, Shape] = {}
+    seen: set[str] = set()
+    for runs in range(_RUNS + 1):
+        infer_shapes(graph, facts=seen)
+        copies = [t for t in ir.tensors(graph) if t.name in names]
+        known = {t.name: shape for t in copies if (shape := ir.static_shape(t)) is not None}
+        unknown = [t for t in copies if t.name not in known]
+        if not unknown:
+            return known
+        open_ones = {id(t) for t in unknown}
+        first = unknown if runs == _RUNS else [t for t in unknown if not any(id(r) in open_ones for r in _reads(t))]
+        found = _shapes_of(graph, first, sample)
+        if found is None:
+            return None
+        for tensor, shape in zip(first, found, strict=True):
+            tensor.shape = list(shape)
+            known[tensor.name] = shape
+        seen |= {t.name for t in first}
+    return known
 
 
-def _shapes_in(state: CompileState, tensors: list[Tensor], sample: Feeds) -> dict[str, Shape] | None:
-    model = ir.submodel(state.graph.inputs, tensors, state.graph.opset)
+def _reads(tensor: Tensor) -> list[Tensor]:
+    maker = ir.producer(tensor)
+    return [] if maker is None else [*maker.inputs, *ir.captures(maker)]
+
+
+def _shapes_of(graph: Graph, tensors: list[Tensor], sample: Feeds) -> list[Shape] | None:
+    model = ir.submodel(graph.inputs, tensors, graph.opset)
     _reduce_to_shapes(model)
     try:
         session = runtime.session(model, optimize=False, low_memory=True, consume=True)
-        found = runtime.run(session, {t.name: sample[t.name] for t in state.graph.inputs})
+        found = runtime.run(session, {t.name: sample[t.name] for t in graph.inputs})
     except (UserError, RuntimeError):
         return None
-    return {t.name: tuple(int(d) for d in dims) for t, dims in zip(tensors, found, strict=True)}
+    return [tuple(int(d) for d in dims) for dims in found]
 
 
 def _reduce_to_shapes(model: onnx.ModelProto) -> None:

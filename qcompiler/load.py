@@ -279,9 +279,23 @@ def check_structure(model: onnx.ModelProto) -> None:
             kind.ClearField("shape")
 
 
+def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its large initializers as inputs: inference copies what it is given twice."""
+    skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    source, graph = model.graph, skeleton.graph
+    for field in ("node", "input", "output", "value_info"):
+        getattr(graph, field).extend(getattr(source, field))
+    for tensor in source.initializer:
+        if tensor.ByteSize() < detached.LARGE and not detached.is_detached(tensor):
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return skeleton
+
+
 def _refuse_huge_tensors(model: onnx.ModelProto, where: str) -> None:
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
     except Exception:  # it only foresees trouble; ONNX Runtime has the last word
         return
     for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):

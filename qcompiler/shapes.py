@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,24 @@ from qcompiler.ir import Graph, Node, Tensor
 SMALL = 1024
 """Constants up to this number of elements go into the inference: they may be shapes, axes, pads or scales."""
 
+_ACTIVATIONS = ("FastGelu", "Gelu", "QuickGelu")
+"""Operators of ONNX Runtime, unknown to the inference, whose result has the type and shape of their first input."""
+
 Dim = int | str | None
 
 
-def infer_shapes(graph: Graph, trust: bool = True) -> None:
+def infer_shapes(graph: Graph, trust: bool = True, facts: Collection[str] = ()) -> None:
     """Fill in element types and shapes, subgraphs included; inferred facts replace what the tensors said before.
 
     What inference leaves open keeps its former value if `trust`, else only if no standard operator made the tensor: a model
-    file may carry shapes from before its inputs were edited. Never fails: if inference does, everything stays as it is.
+    file may carry shapes from before its inputs were edited. `facts`: tensors whose shapes are known to be right, which inference
+    starts from. Never fails: if inference does, everything stays as it is.
     """
     for tensor in ir.tensors(graph):
         if tensor.shape is not None and not ir.is_constant(tensor):
             tensor.shape = [_valid(d) for d in tensor.shape]
     try:
-        inferred = onnx.shape_inference.infer_shapes(_skeleton(graph), data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(graph, facts), data_prop=True)
     except Exception:  # shapes are a help, not a need, and ONNX Runtime has the last word on the model
         return
     symbols = {d for t in graph.inputs for d in t.shape or () if isinstance(d, str)}
@@ -53,14 +57,16 @@ def _valid(dim: Any) -> Dim:
     return int(dim) if dim is not None and dim >= 0 else None
 
 
-def _skeleton(graph: Graph) -> onnx.ModelProto:
+def _skeleton(graph: Graph, facts: Collection[str]) -> onnx.ModelProto:
     called = {n.op for g in ir.all_graphs(graph) for n in g.nodes if n.domain == functions.DOMAIN}
     domains = {d.domain: d.version for d in graph.import_domains or []} | {"": graph.opset}
     domains.pop("ai.onnx", None)
     for name in sorted({n.domain or "" for g in ir.all_graphs(graph) for n in g.nodes}):
         domains.setdefault(name, 1)
+    proto = _graph_proto(graph, set())
+    proto.value_info.extend(_value_info(t) for n in graph.nodes for t in n.outputs if t.name in facts)
     return helper.make_model(
-        _graph_proto(graph, set()),
+        proto,
         opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()],
         functions=[functions.proto(name, graph.opset) for name in sorted(called)],
         ir_version=ir.IR_VERSION,
@@ -82,12 +88,14 @@ def _graph_proto(graph: Graph, outer: set[str]) -> onnx.GraphProto:
     visible = outer | {t.name for t in tensors}
     for node in graph.nodes:
         proto.node.append(_node_proto(node, visible))
-        if not _is_standard(node):
+        if not _is_standard(node) and not _is_activation(node):
             proto.value_info.extend(_value_info(t) for t in node.outputs if t.dtype is not None)
     return proto
 
 
 def _node_proto(node: Node, visible: set[str]) -> onnx.NodeProto:
+    if _is_activation(node):
+        return helper.make_node("Identity", [node.inputs[0].name], [node.outputs[0].name], node.name)
     proto = helper.make_node(
         node.op, [t.name for t in node.inputs], [t.name for t in node.outputs], node.name, domain=node.domain
     )
@@ -103,6 +111,10 @@ def _node_proto(node: Node, visible: set[str]) -> onnx.NodeProto:
 
 def _is_standard(node: Node) -> bool:
     return (node.domain or "") in ("", "ai.onnx", functions.DOMAIN)
+
+
+def _is_activation(node: Node) -> bool:
+    return node.domain == ir.CONTRIB_DOMAIN and node.op in _ACTIVATIONS
 
 
 def _value_info(tensor: Tensor, dims: bool = True) -> onnx.ValueInfoProto:

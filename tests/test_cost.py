@@ -7,14 +7,13 @@ import onnx
 import pytest
 from qcompiler_passes.form_blocks import FormBlocks
 
-from qcompiler import fit_cost, runtime
+from qcompiler import fit_cost
 from qcompiler.concrete_shapes import concrete_shapes
 from qcompiler.cost import NEAR, CostTable, Work, far, read_table, shipped_table
 from qcompiler.errors import UserError
 from qcompiler.microbench import Net
 from qcompiler.networks import networks
 from qcompiler.work import Accountant
-from tests.forms import graph_text, weights
 from tests.support import model_from_text, state_of
 
 
@@ -109,16 +108,6 @@ def test_products_of_vectors_are_accounted_for() -> None:
     assert shapes is not None
     works = Accountant(state, shapes).total(())
     assert [(w.macs, w.writes) for w in works if w.kind == "float.MatMul.activations"] == [(24, 6), (4, 1)]
-
-
-def test_shapes_follow_from_the_sample_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = graph_text("g (float[N,4,H,W] x) => (float[] y) { c = Conv(x, w) y = Relu(c) }", w=weights(8, 4, 3, 3))
-    state = state_of(model)
-    state.calibration = [{"x": np.zeros((2, 4, 7, 9), np.float32)}]
-    monkeypatch.setattr(runtime, "session", None)
-    shapes = concrete_shapes(state)
-    assert shapes is not None
-    assert (shapes["c"], shapes["y"]) == ((2, 8, 5, 7), (2, 8, 5, 7))
 
 
 def spread(rates: dict[str, dict[str, float]]) -> dict[str, float]:

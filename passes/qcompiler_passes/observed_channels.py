@@ -34,7 +34,7 @@ class Observed:
 
 def observed_channels(state: CompileState, channels: Channels, samples: Sequence[Feeds]) -> list[Observed]:
     """The tensors with free variables, in the order of the graph."""
-    copy = ir.from_proto(ir.to_proto(state.graph))
+    copy = state.graph.copy()
     known = {t.name: t for t in ir.tensors(copy)}
     taps = {name: ids for name, ids in _quantized(state, channels).items() if ir.shape(known[name]) is not None}
     copy.outputs = [tap for name, ids in taps.items() for tap in _taps(copy, known[name], ids)]
