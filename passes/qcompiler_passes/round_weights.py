@@ -45,7 +45,7 @@ class RoundWeights:
 
     samples: int = 64
     rows: int = 16
-    damping: float = 0.01
+    damping: float = 0.02
     largest: int = 1 << 16
     compensate: bool = True
 
