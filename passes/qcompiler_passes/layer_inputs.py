@@ -28,7 +28,7 @@ def vectors(layer: Node, shape: tuple[int, ...], x: NDArray[Any], wanted: int, s
         return np.asarray(rows[spread(len(rows), wanted, sample)][None], np.float32)
     positions, outside = _taps(layer, x.shape, shape[2:], wanted, sample)
     by_channel = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
-    found = np.take(by_channel, positions, axis=1, mode="clip")  # which lets other threads run
+    found = np.take(by_channel, positions, axis=1)
     if outside.any():
         found[:, outside] = 0
     by_group = found.reshape(-1, shape[1], *positions.shape).transpose(0, 2, 1, 3)

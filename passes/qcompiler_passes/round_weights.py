@@ -25,7 +25,6 @@ from qcompiler_passes.quantized_prefix import QuantizedPrefix, in_float
 _COMPENSATED = 2048
 """Layers of more weights per output channel are rounded only: the regression takes the cube of that number of operations."""
 
-
 _LEAST_ROWS = 16
 """Of every sample, so many vectors are looked at, if it has them."""
 
