@@ -27,9 +27,10 @@ def plain(model: Path, calib: Path, samples: int | None) -> float:
     from qcompiler import runtime  # noqa: PLC0415  (a child imports no more than it measures)
     from qcompiler.data import open_source  # noqa: PLC0415
     from qcompiler.load import input_specs, load_model  # noqa: PLC0415
+    from qcompiler.threads import WORKERS  # noqa: PLC0415
 
     source = open_source(calib, input_specs(load_model(model)), limit=samples)
-    session = runtime.session(model, threads=runtime.WORKERS)
+    session = runtime.session(model, threads=WORKERS)
     start = time.perf_counter()
     for feeds in source:
         runtime.run(session, feeds)

@@ -125,8 +125,10 @@ def check_path(path: Path, source: Path | None, samples: Path | None = None) -> 
 def _refuse_overwriting(path: Path, source: Path) -> None:
     if path.exists() and source.exists() and path.samefile(source):
         raise UserError("the output would overwrite the input model", str(path))
+    folder = source.parent.resolve()
     for place in (path, path.with_name(f"{path.name}.data")):
-        if place.exists() and any(place.samefile(file) for file in data_files(source) if file.exists()):
+        is_beside = place.exists() and place.resolve().is_relative_to(folder)  # as all data of a model is
+        if is_beside and any(place.samefile(file) for file in data_files(source) if file.exists()):
             raise UserError("the output would overwrite the data of the input model", str(place))
 
 

@@ -57,6 +57,8 @@ def load_external_data(model: onnx.ModelProto, path: Path) -> None:
     model's folder, shorter than it says, or more than can be brought in.
     """
     found = [_Data.find(tensor, path) for tensor in _tensors(model) if external_data_helper.uses_external_data(tensor)]
+    if not found:
+        return
     held = model.ByteSize()
     is_large = held + sum(data.length for data in found) > detached.MODEL_LIMIT
     initializers = {id(tensor) for tensor in model.graph.initializer}

@@ -17,6 +17,7 @@ from qcompiler.report import OutputMatch, Report, Score, Speed
 from qcompiler.runtime import Session
 from qcompiler.samples import InputSpec
 from qcompiler.state import Feeds
+from qcompiler.threads import WORKERS
 from qcompiler.traps import find_traps
 
 SQNR_FLOOR = 10.0
@@ -106,8 +107,8 @@ def compare(before: Session, after: Session, samples: Sequence[Feeds]) -> list[O
     """
     names = [output.name for output in before.get_outputs()]
     totals = [_Total() for _ in names]
-    for start in range(0, len(samples), runtime.WORKERS):  # not all at once, because outputs may be large
-        some = samples[start : start + runtime.WORKERS]
+    for start in range(0, len(samples), WORKERS):  # not all at once, because outputs may be large
+        some = samples[start : start + WORKERS]
         try:
             expected = runtime.run_all(before, some)
         except RuntimeError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from qcompiler.errors import UserError
 from qcompiler.quant import F32
 from qcompiler.relay import SECTION, Relay, split
 from qcompiler.runtime import Feeds
+from qcompiler.threads import WORKERS, each
 
 SAMPLE_SIZE = 4096
 """About how many values of a tensor are looked at for each calibration sample."""
@@ -67,15 +67,9 @@ def observe(
     samples = _Samples(source, progress)
     team = [
         _Worker(runner, {t: (limits or {}).get(t, _NO_LIMITS) for t in order}, make, means)
-        for _ in range(workers or runtime.WORKERS)
+        for _ in range(workers or WORKERS)
     ]
-    with ThreadPoolExecutor(len(team)) as pool:
-        futures = [pool.submit(worker.run, samples) for worker in team]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            samples.stop()
+    each(lambda worker: worker.run(samples), team)
     samples.raise_first_error()
     collectors = team[0].collectors
     for worker in team[1:]:
@@ -138,12 +132,15 @@ class _Worker:
 
     def run(self, samples: _Samples) -> None:
         """Take samples until there are no more or one fails."""
-        for index, feeds in samples:
-            try:
-                self._observe(index, feeds)
-            except UserError as error:
-                samples.fail(index, error)
-                return
+        try:
+            for index, feeds in samples:
+                try:
+                    self._observe(index, feeds)
+                except UserError as error:
+                    samples.fail(index, error)
+        except BaseException:
+            samples.stop()
+            raise
 
     def _observe(self, index: int, feeds: Feeds) -> None:
         where = f"calibration sample {index}"

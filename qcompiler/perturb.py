@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 from qcompiler.gates import Correction, Gate, GatedModel
 from qcompiler.quant import dequantize, quantize
 from qcompiler.replay import Piece
-from qcompiler.runtime import WORKERS, Session, run, session
+from qcompiler.runtime import Session, run, session
 from qcompiler.state import Feeds
+from qcompiler.threads import each
 
 Array = NDArray[Any]
 F64 = NDArray[np.float64]
@@ -66,9 +66,8 @@ class Runner:
         """The relative noise at some outputs from rounding each gate, by tensor, and each layer's constants, by layer."""
         gates = [gate for gate in self.twin.gates if gate.params is not None]
         layers = list(self.twin.constants)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            of_gates = list(pool.map(lambda gate: self._of_gate(gate, outputs), gates))
-            of_constants = list(pool.map(lambda root: self._of_constants(root, outputs), layers))
+        of_gates = each(lambda gate: self._of_gate(gate, outputs), gates)
+        of_constants = each(lambda root: self._of_constants(root, outputs), layers)
         return (
             {gate.tensor.name: noise for gate, noise in zip(gates, of_gates, strict=True)},
             dict(zip(layers, of_constants, strict=True)),

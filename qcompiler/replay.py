@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from qcompiler import ir
 from qcompiler.ir import Graph, Node, Tensor
-from qcompiler.runtime import run_all, session
+from qcompiler.runtime import run, session
 from qcompiler.state import Feeds
+from qcompiler.threads import each
 
 FRONT_BYTES = 64_000_000
 """What a front may hold: for 32 samples, uint8 activations of 2 MB each."""
@@ -69,20 +70,21 @@ class Replay:
         self._position += 1
         piece, stop = self._plan[self._position], self._stops[self._position]
         reads = piece.reads if piece.makes else [stop]
-        rows = self._run(reads, [*piece.makes, *taps]) if piece.makes or taps else [[] for _ in self._front]
-        found = []
-        for i, row in enumerate(rows):
-            values = self._front[i] | {t.name: value for t, value in zip(piece.makes, row, strict=False)}
-            found.append([values[stop.name], *row[len(piece.makes) :]])
-            self._front[i] = {
-                name: value for name, value in values.items() if self._last.get(name, -1) > self._position
-            }
+        wanted = [*piece.makes, *taps]
+        model = ir.submodel(reads, wanted, self._opset) if wanted else None
+        runner = None if model is None else session(model, consume=True, keep_float=True)
+
+        def step(values: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+            row = [] if runner is None else run(runner, {t.name: values[t.name] for t in reads})
+            values |= {t.name: value for t, value in zip(piece.makes, row, strict=False)}
+            found = [values[stop.name], *row[len(piece.makes) :]]
+            for name in [name for name in values if self._last.get(name, -1) <= self._position]:
+                del values[name]  # at once, so that the next sample gets its memory
+            return found
+
+        found = each(step, self._front)
         self._drop_samples()
         return found
-
-    def _run(self, reads: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[list[NDArray[Any]]]:
-        runner = session(ir.submodel(reads, wanted, self._opset), consume=True, keep_float=True)
-        return run_all(runner, [{t.name: values[t.name] for t in reads} for values in self._front])
 
     def _drop_samples(self) -> None:
         sizes = np.cumsum([sum(value.nbytes for value in values.values()) for values in self._front])

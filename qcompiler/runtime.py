@@ -11,7 +11,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from qcompiler import detached, supervise
 from qcompiler.errors import UserError
+from qcompiler.threads import each
 
 Feeds = Mapping[str, NDArray[Any]]
 Session: TypeAlias = ort.InferenceSession
@@ -34,9 +34,6 @@ class Runner(Protocol):
         """All outputs, in order."""
         ...
 
-
-WORKERS = min(2, os.cpu_count() or 1)
-"""Threads that run samples side by side where there are many; each needs memory of its own."""
 
 _FATAL_ONLY = 4
 
@@ -161,13 +158,7 @@ def run(runner: Runner, feeds: Feeds) -> list[Any]:
 
 def run_all(runner: Runner, samples: Sequence[Feeds]) -> list[list[Any]]:
     """Run a session on every sample, on several threads, and return all outputs of each, in order. Raises as `run` does."""
-
-    def share(worker: int) -> list[list[Any]]:
-        return [run(runner, feeds) for feeds in samples[worker::WORKERS]]
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        shares = list(pool.map(share, range(WORKERS)))
-    return [shares[i % WORKERS][i // WORKERS] for i in range(len(samples))]
+    return each(lambda feeds: run(runner, feeds), samples)
 
 
 def _message(error: Exception) -> str:

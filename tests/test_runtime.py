@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qcompiler import runtime
+from qcompiler import runtime, threads
 from qcompiler.errors import UserError
 from tests.support import model_from_text
 
@@ -113,7 +113,7 @@ def test_a_session_does_not_keep_the_bytes_of_its_model(model):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_run_all_returns_the_rows_in_order(model, workers, monkeypatch):
-    monkeypatch.setattr(runtime, "WORKERS", workers)
+    monkeypatch.setattr(threads, "WORKERS", workers)
     session = runtime.session(model)
     samples = [{"x": FEEDS["x"] * scale} for scale in (1, 2, 3, 4, 5, 6, 7)]
     for [got], feeds in zip(runtime.run_all(session, samples), samples, strict=True):

@@ -17,8 +17,9 @@ from qcompiler.ir import Tensor
 from qcompiler.observe import SAMPLE_SIZE, observe
 from qcompiler.ops import Lowering, op_key
 from qcompiler.pipeline import closest
-from qcompiler.quant import QuantParams, params_from_range
+from qcompiler.quant import QuantParams, QuantSpec, params_from_range
 from qcompiler.state import CompileState, Phase
+from qcompiler.threads import each
 from qcompiler_passes.annotate import annotate
 from qcompiler_passes.biases import layers_with_bias, results
 
@@ -62,12 +63,9 @@ class Calibrate:
         missing = [name for name in state.specs if name not in state.params]
         sources = _sources(state, dict.fromkeys(state.leader(name) for name in missing))
         measured = self._measure(state, [t for group in sources.values() for t in group])
-        for leader, group in sources.items():
-            spec = state.specs[leader]
-            try:
-                state.params[leader] = _merged([measured[t.name] for t in group]).finish(spec)
-            except ValueError as error:
-                raise UserError(f"no range for tensor {leader!r}: {error}", "calibration data") from error
+        collectors = {leader: _merged([measured[t.name] for t in group]) for leader, group in sources.items()}
+        params = each(lambda leader: _finished(leader, collectors[leader], state.specs[leader]), collectors)
+        state.params |= zip(collectors, params, strict=True)
         for name in missing:
             state.params[name] = state.params[state.leader(name)]
         return known + len(codes) + len(missing)
@@ -176,6 +174,13 @@ def _of_constant(tensor: Tensor) -> Collector:
     if values.size:
         collector.observe(float(values.min()), float(values.max()), values)
     return collector
+
+
+def _finished(tensor: str, collector: Collector, spec: QuantSpec) -> QuantParams:
+    try:
+        return collector.finish(spec)
+    except ValueError as error:
+        raise UserError(f"no range for tensor {tensor!r}: {error}", "calibration data") from error
 
 
 def _merged(collectors: Iterable[Collector]) -> Collector:

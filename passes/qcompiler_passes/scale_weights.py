@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from qcompiler import ir, quant
 from qcompiler.errors import UserError
 from qcompiler.ir import Node
-from qcompiler.ops import Lowering, OpRule, rule_of
+from qcompiler.ops import Lowering, rule_of
 from qcompiler.quant import F32, QuantParams, QuantSpec
 from qcompiler.state import CompileState, Phase
+from qcompiler.threads import each
 from qcompiler_passes import import_weights
 
 _BUDGET = 3_000_000
@@ -49,47 +50,69 @@ class ScaleWeights:
         """Return the number of weights that got params. Raises UserError for an unknown rounding."""
         if self.rounding not in ("nearest", "stochastic"):
             raise UserError(f"no rounding is called {self.rounding!r}; choose nearest or stochastic", self.name)
-        count, grid, generator = 0, _Grid(), np.random.default_rng(self.seed)
-        for node in state.graph.nodes:
-            block = state.blocks.get(node.name)
-            rule = rule_of(state.ops, node)
-            if block is None or rule is None or not block.quantized or rule.lowering is not Lowering.MAC:
-                continue
-            weight = node.inputs[1]
-            if weight.name in state.params:
-                continue
-            s_x = float(state.params[node.inputs[0].name].scale)
-            output = state.params.get(block.outputs[0])
-            s_y = None if output is None else float(output.scale)
-            params = state.params[weight.name] = self._params(state, node, rule, s_x, s_y, grid)
+        grid, generator = _Grid(), np.random.default_rng(self.seed)
+        weights = _weights(state)
+        scales = each(lambda weight: _best_scale(weight, self.search), weights)
+        for weight, scale in zip(weights, scales, strict=True):
+            params = state.params[weight.name] = _params(state, weight, scale, grid)
             if self.rounding == "stochastic" and weight.name not in state.integers:
-                state.integers[weight.name] = _stochastic(ir.array(weight), params, generator)
-            count += 1
+                state.integers[weight.name] = _stochastic(ir.array(weight.node.inputs[1]), params, generator)
         state.notes += grid.notes()
-        return count
+        return len(weights)
 
-    def _params(
-        self, state: CompileState, node: Node, rule: OpRule, s_x: float, s_y: float | None, grid: _Grid
-    ) -> QuantParams:
-        axis = rule.weight_axis if state.target.per_channel else None
-        spec = state.target.weight.per_channel(axis)
-        array = ir.array(node.inputs[1])
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that needs scales. `s_x`, `s_y`: the scales of what its operator reads and gives, None for a float result."""
+
+    node: Node
+    spec: QuantSpec
+    s_x: float
+    s_y: float | None
+
+    @property
+    def name(self) -> str:
+        return self.node.inputs[1].name
+
+    def rows(self) -> F32:
+        """Shape (channels, weights per channel)."""
+        array, axis = ir.array(self.node.inputs[1]), self.spec.axis
         rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) if axis is not None else array.reshape(1, -1)
-        rows = np.ascontiguousarray(rows, np.float32)
-        scale = _best_scale(rows, spec, s_x, s_y, self.search)
-        step = import_weights.steps(rows, spec) if state.imported else np.zeros(len(rows))
-        trained = import_weights.on_grid(step, s_x, s_y)
-        scale = np.where(trained > 0, trained, scale)
-        bias = ir.optional_input(node, 2)
-        if bias is not None:
-            scale = _room_for_bias(scale, np.asarray(ir.array(bias), np.float64), s_x, s_y)
-        if state.imported:
-            first = axis or 0
-            shape = np.moveaxis(array, first, 0).shape
-            kernel = int(np.prod(shape[2:]))
-            integers = grid.integers(rows, step, scale, scale == trained, kernel, spec)
-            state.integers[node.inputs[1].name] = np.ascontiguousarray(np.moveaxis(integers.reshape(shape), 0, first))
-        return QuantParams(spec, scale if axis is not None else scale.reshape(()), 0)
+        return np.ascontiguousarray(rows, np.float32)
+
+
+def _weights(state: CompileState) -> list[_Weight]:
+    """Those without params of quantized blocks, each once."""
+    found: dict[str, _Weight] = {}
+    for node in state.graph.nodes:
+        block = state.blocks.get(node.name)
+        rule = rule_of(state.ops, node)
+        if block is None or rule is None or not block.quantized or rule.lowering is not Lowering.MAC:
+            continue
+        name, output = node.inputs[1].name, state.params.get(block.outputs[0])
+        if name not in state.params and name not in found:
+            spec = state.target.weight.per_channel(rule.weight_axis if state.target.per_channel else None)
+            s_x = float(state.params[node.inputs[0].name].scale)
+            found[name] = _Weight(node, spec, s_x, None if output is None else float(output.scale))
+    return list(found.values())
+
+
+def _params(state: CompileState, weight: _Weight, scale: F32, grid: _Grid) -> QuantParams:
+    """The params with the best scale, or one that the model came with; wider where the bias asks for it."""
+    spec, rows, s_x, s_y = weight.spec, weight.rows(), weight.s_x, weight.s_y
+    step = import_weights.steps(rows, spec) if state.imported else np.zeros(len(rows))
+    trained = import_weights.on_grid(step, s_x, s_y)
+    scale = np.where(trained > 0, trained, scale)
+    bias = ir.optional_input(weight.node, 2)
+    if bias is not None:
+        scale = _room_for_bias(scale, np.asarray(ir.array(bias), np.float64), s_x, s_y)
+    if state.imported:
+        first = spec.axis or 0
+        shape = np.moveaxis(ir.array(weight.node.inputs[1]), first, 0).shape
+        kernel = int(np.prod(shape[2:]))
+        integers = grid.integers(rows, step, scale, scale == trained, kernel, spec)
+        state.integers[weight.name] = np.ascontiguousarray(np.moveaxis(integers.reshape(shape), 0, first))
+    return QuantParams(spec, scale if spec.axis is not None else scale.reshape(()), 0)
 
 
 def _stochastic(values: NDArray[Any], params: QuantParams, generator: np.random.Generator) -> NDArray[Any]:
@@ -102,12 +125,13 @@ def _stochastic(values: NDArray[Any], params: QuantParams, generator: np.random.
     return np.clip(lower, spec.qmin, spec.qmax).astype(spec.dtype)
 
 
-def _best_scale(rows: F32, spec: QuantSpec, s_x: float, s_y: float | None, search: bool) -> F32:
-    """Scales, shape (channels,), of weights in rows, shape (channels, weights per channel)."""
+def _best_scale(weight: _Weight, search: bool) -> F32:
+    """Shape (channels,)."""
+    rows, spec = weight.rows(), weight.spec
     largest = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny * 2.0**40)
     candidates = int(np.clip(_BUDGET // max(rows.size, 1), 6, 80)) if search else 0
     fractions = np.append(1.0, np.linspace(1.2, 0.7, candidates))
-    scales = _snapped(largest / spec.qmax * fractions[:, None], s_x, s_y)
+    scales = _snapped(largest / spec.qmax * fractions[:, None], weight.s_x, weight.s_y)
     best = _errors(rows, scales, spec).argmin(axis=0) if search else np.zeros(len(rows), np.int64)
     return np.asarray(scales[best, np.arange(len(rows))], np.float32)
 
