@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")  # of libraries, about their own numbers and interfaces
     supervise.prepare()
     code = supervise.start("--debug" in arguments) if argv is None else None
-    sys.exit(_run(arguments) if code is None else code)
+    supervise.end(_run(arguments) if code is None else code)
 
 
 def _run(arguments: list[str]) -> int:
