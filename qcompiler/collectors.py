@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fractions import Fraction
@@ -38,7 +39,7 @@ class MinMax:
 
     def observe(self, low: float, high: float, values: F32) -> None:
         """Widen the range."""
-        if not (np.isfinite(low) and np.isfinite(high) and np.isfinite(values).all()):
+        if not (math.isfinite(low) and math.isfinite(high) and np.isfinite(values).all()):
             raise ValueError("a value is not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
 
@@ -98,7 +99,7 @@ class _Counting(MinMax, ABC):
     def observe(self, low: float, high: float, values: F32) -> None:
         """Add the values to the histogram."""
         super().observe(low, high, values)
-        self.counts += np.bincount(bins_of(values), minlength=BINS)
+        np.add.at(self.counts, bins_of(values), 1)
 
     def merge(self, other: Self) -> None:
         """Add the other's histogram."""
@@ -156,9 +157,8 @@ class Omse(_Counting):
 
     def observe(self, low: float, high: float, values: F32) -> None:
         """Add the values and the bounds to the histogram."""
-        super().observe(low, high, values)
         # The bounds are exact, and a sample of the values rarely holds them: a few huge activations may carry a transformer.
-        np.add.at(self.counts, bins_of(np.array([low, high], np.float32)), 1)
+        super().observe(low, high, np.append(values, np.array([low, high], values.dtype)))
 
     def clipped(self, widest: QuantParams, histogram: Histogram) -> QuantParams:
         """Search the clip range, never beyond the range observed."""

@@ -29,7 +29,7 @@ EQUAL_FLOOR = 0.5
 WORST_SQNR = -999.0
 """dB of an output with values that are not finite, or that should be zero: what JSON can hold."""
 
-RACE_SECONDS = 0.15
+RACE_SECONDS = 0.1
 RANDOM_SAMPLES = 4
 
 
@@ -40,19 +40,28 @@ def measure(
 
     `samples` were held back from calibration.
     """
-    a, b = runtime.session(before), runtime.session(after)
+    a, (b, running) = runtime.session(before), _opened(after, timed)
     report.outputs = compare(a, b, samples)
     report.warnings += warnings_of(report.outputs)
     if not timed:
         return
     seconds = runtime.race(a, b, dict(samples[0]), RACE_SECONDS)
     report.speed = Speed(*(round(1e3 * s, 4) for s in seconds))
-    try:
-        running = runtime.optimized(after)
-        report.kernels = dict(runtime.count_ops(running).most_common())
-        report.notes += find_traps(after, running) if report.emit == "kernels" else []
-    except (OSError, RuntimeError):  # it goes through a temporary file
+    if running is None:
         report.notes.append("the kernels are not counted: the temporary folder cannot be written")
+        return
+    report.kernels = dict(runtime.count_ops(running).most_common())
+    report.notes += find_traps(after, running) if report.emit == "kernels" else []
+
+
+def _opened(model: onnx.ModelProto, explained: bool) -> tuple[Session, onnx.ModelProto | None]:
+    """A session, and if it is to be explained, the graph that it runs, unless that cannot be had."""
+    if explained:
+        try:
+            return runtime.session_and_graph(model)
+        except (OSError, RuntimeError):
+            pass
+    return runtime.session(model), None
 
 
 def warnings_of(outputs: Sequence[OutputMatch]) -> list[str]:

@@ -166,12 +166,19 @@ def _message(error: Exception) -> str:
     return " ".join(str(error).split(" : ", 3)[-1].split())
 
 
-def optimized(model: onnx.ModelProto | bytes | Path) -> onnx.ModelProto:
-    """The graph that ONNX Runtime makes of a model on this machine, without its large constants."""
+def session_and_graph(model: onnx.ModelProto | bytes | Path) -> tuple[Session, onnx.ModelProto]:
+    """A session, and the graph that ONNX Runtime makes of the model on this machine, without its large constants.
+
+    That goes through a temporary file. Raises OSError or RuntimeError if it cannot be written.
+    """
     with supervise.scratch() as folder:
         path = folder / "optimized.onnx"
-        session(model, optimized=path)
-        return onnx.load(path, load_external_data=False)
+        return session(model, optimized=path), onnx.load(path, load_external_data=False)
+
+
+def optimized(model: onnx.ModelProto | bytes | Path) -> onnx.ModelProto:
+    """The graph of `session_and_graph`."""
+    return session_and_graph(model)[1]
 
 
 def optimized_ops(model: onnx.ModelProto | bytes | Path) -> Counter[str]:

@@ -10,6 +10,7 @@ In a process that was not forked by `start`, all of this does nothing: `compile_
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,9 @@ LOADING_SECONDS = 600.0
 """What native code may take to load a model, before another second for each megabyte; an EfficientNet takes 0.3 s."""
 
 _PDEATHSIG = 1
+
+_COLLECTED = 5000
+"""New objects after which garbage is looked for: a graph makes many, and few of them in cycles that are garbage soon."""
 
 _channel: int | None = None
 
@@ -78,6 +82,7 @@ def _become_worker(parent: int, muffled: int) -> None:
     faulthandler.enable(2)
     for number in SIGNALS:
         signal.signal(number, _leave)
+    gc.set_threshold(_COLLECTED)
 
 
 def _reopened(stream: Any) -> IO[str]:

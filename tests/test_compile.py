@@ -517,7 +517,7 @@ def test_a_full_temporary_folder_only_costs_the_kernel_counts(monkeypatch: pytes
     def full(model: onnx.ModelProto) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(runtime, "optimized", full)
+    monkeypatch.setattr(runtime, "session_and_graph", full)
     report = compile_model(net(), samples(4)).report
     assert report.kernels == {}
     assert report.speed is not None

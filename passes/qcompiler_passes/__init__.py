@@ -52,7 +52,7 @@ LEVELS = {
     f"scale-weights{{search=false}},{_INTEGER}",
     "O1": f"{_FLOAT},{_PLACE},calibrate{{means=0}},power-of-two-factors,align-scales,scale-weights,{_INTEGER}",
     "O2": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate,power-of-two-factors,align-scales,scale-weights,"
-    f"round-weights{{samples=8 rows=8 largest=128}},correct-bias,{_INTEGER}",
+    f"round-weights{{samples=8 rows=8 largest=25 compensate=false}},correct-bias,{_INTEGER}",
     "O3": f"{_FLOAT},{_BALANCE},{_PLACE},calibrate{{means=128}},choose-ranges,"
     f"power-of-two-factors,align-scales,scale-weights,round-weights,correct-bias{{samples=128}},{_INTEGER}",
 }

@@ -37,7 +37,7 @@ class Moments:
         np.subtract(x, 0 if self.origin is None else self.origin, out=rows[:, :, :-1])
         columns = rows.transpose(0, 2, 1)
         self.xx = self.xx + columns @ rows
-        self.xd = self.xd + (columns if self.crossed else columns[:, -1:]) @ d
+        self.xd = self.xd + (columns @ d if self.crossed else d.sum(axis=1, keepdims=True))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.origin, self.crossed, self.xx + other.xx, self.xd + other.xd)

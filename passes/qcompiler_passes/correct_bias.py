@@ -60,6 +60,7 @@ class CorrectBias:
         exact = _means(state, layers, samples)
         ensure_bias(state, layers)
         quantized = _Measurement(state, layers, samples)
+        del samples  # which are let go as the measurement moves on
         rewriter = Rewriter(state)
         for layer, wanted in zip(layers, exact, strict=True):
             if rewriter.exhausted:

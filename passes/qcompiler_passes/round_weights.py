@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -15,7 +16,8 @@ from qcompiler.ops import Lowering, rule_of
 from qcompiler.quant import F32, QuantParams
 from qcompiler.replay import FRONT_BYTES, Replay
 from qcompiler.rewrite import Rewriter
-from qcompiler.state import CompileState, Phase
+from qcompiler.state import CompileState, Feeds, Phase
+from qcompiler.threads import each
 from qcompiler_passes.biases import ensure_bias
 from qcompiler_passes.compensate import Moments, compensated
 from qcompiler_passes.layer_inputs import takes_vectors, vectors
@@ -61,21 +63,22 @@ class RoundWeights:
             return 0
         samples = list(islice(state.calibration, self.samples))
         ensure_bias(state, [n for n in layers if n.op != "MatMul"])
-        graph = state.graph.copy()
-        nodes = {n.name: n for n in graph.nodes}
-        exact = Replay(graph, samples, [nodes[n.name].inputs[0] for n in layers], 4 * FRONT_BYTES)
+        exact = _float_inputs(state, layers, samples) if self.compensate else None
         quantized = QuantizedPrefix(state, layers, samples)
+        del samples  # which are let go as the measurements move on
         rewriter = Rewriter(state)
         for layer in layers:
             if rewriter.exhausted:
                 break
             node = quantized.next_layer()
-            wanted = [row[0] for row in exact.advance()]
-            pairs = [(in_float(node.inputs[0], row[0]), x) for row, x in zip(quantized.run(), wanted, strict=False)]
+            given = [in_float(node.inputs[0], row[0]) for row in quantized.run()]
+            wanted = given if exact is None else [row[0] for row in exact.advance()]
             name = layer.inputs[1].name
             if name in state.integers:  # shared with an earlier layer
                 continue
-            state.integers[name], shift = self._rounded(layer, state.params[name], pairs)
+            state.integers[name], shift = self._rounded(
+                layer, state.params[name], list(zip(given, wanted, strict=False))
+            )
             quantized.set_weight(state.integers[name])
             if layer.op != "MatMul":
                 quantized.shift_bias(shift)
@@ -119,14 +122,25 @@ class RoundWeights:
     ) -> tuple[Moments, Moments]:
         """Those of every other sample, and of the rest."""
         wanted = max(-(-self.rows * columns // len(pairs)), _LEAST_ROWS)
-        halves: list[Moments] = []
-        for i, (x, float_x) in enumerate(pairs):
-            some, exact = (vectors(layer, shape, values, wanted, i) for values in (x, float_x))
-            if not halves:
-                origin = None if layer.op == "MatMul" else some[:, :1]
-                halves = [Moments(origin, crossed), Moments(origin, crossed)]
-            halves[i % 2].add(some, exact - some)
-        return halves[0], halves[1]
+        origin = None if layer.op == "MatMul" else vectors(layer, shape, pairs[0][0], 1, 0)
+
+        def moments(first: int) -> Moments:
+            found = Moments(origin, crossed)
+            for i in range(first, len(pairs), 2):
+                x, float_x = pairs[i]
+                some = vectors(layer, shape, x, wanted, i)
+                exact = some if float_x is x else vectors(layer, shape, float_x, wanted, i)
+                found.add(some, exact - some)
+            return found
+
+        even, odd = each(moments, (0, 1))
+        return even, odd
+
+
+def _float_inputs(state: CompileState, layers: Sequence[Node], samples: Sequence[Feeds]) -> Replay:
+    graph = state.graph.copy()
+    nodes = {n.name: n for n in graph.nodes}
+    return Replay(graph, samples, [nodes[n.name].inputs[0] for n in layers], 4 * FRONT_BYTES)
 
 
 def _is_layer(state: CompileState, node: Node) -> bool:
