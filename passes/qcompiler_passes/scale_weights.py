@@ -50,13 +50,16 @@ class ScaleWeights:
         """Return the number of weights that got params. Raises UserError for an unknown rounding."""
         if self.rounding not in ("nearest", "stochastic"):
             raise UserError(f"no rounding is called {self.rounding!r}; choose nearest or stochastic", self.name)
-        grid, generator = _Grid(), np.random.default_rng(self.seed)
-        weights = _weights(state)
+        grid, weights = _Grid(), _weights(state)
         scales = each(lambda weight: _best_scale(weight, self.search), weights)
         for weight, scale in zip(weights, scales, strict=True):
-            params = state.params[weight.name] = _params(state, weight, scale, grid)
-            if self.rounding == "stochastic" and weight.name not in state.integers:
-                state.integers[weight.name] = _stochastic(ir.array(weight.node.inputs[1]), params, generator)
+            state.params[weight.name] = _params(state, weight, scale, grid)
+        if self.rounding == "stochastic":
+            generator = np.random.default_rng(self.seed)
+            for weight in weights:
+                if weight.name not in state.integers:
+                    array = ir.array(weight.node.inputs[1])
+                    state.integers[weight.name] = _stochastic(array, state.params[weight.name], generator)
         state.notes += grid.notes()
         return len(weights)
 

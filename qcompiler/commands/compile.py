@@ -178,26 +178,30 @@ def _known_passes(names: tuple[str, ...], load: tuple[Path, ...]) -> tuple[str, 
 
 
 def _print_summary(result: CompileResult, verbose: bool, show_time: bool) -> None:
+    (title, subtitle), *rows = result.report.rows(verbose)
+    shown = [("" if i and rows[i - 1][0] == what else what, what, value) for i, (what, value) in enumerate(rows)]
+    if sys.stdout.isatty():
+        _print_in_color(title, subtitle, shown)
+    else:
+        click.echo(f"{title}  {subtitle}")
+        for label, _, value in shown:
+            click.echo(f"  {label:<10} {value}")
+    if show_time:
+        _print_times(result.report.passes)
+
+
+def _print_in_color(title: str, subtitle: str, rows: list[tuple[str, str, str]]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    (title, subtitle), *rows = result.report.rows(verbose)
-    labels = [what if i == 0 or rows[i - 1][0] != what else "" for i, (what, _) in enumerate(rows)]
+    grid = Table.grid(padding=(0, 2))
+    for label, what, value in rows:
+        alarm = what == "WARNING"
+        grid.add_row(Text(f"  {label}", style="bold red" if alarm else "bold"), Text(value, "red" if alarm else ""))
     console = Console(highlight=False)
-    if console.is_terminal:
-        grid = Table.grid(padding=(0, 2))
-        for label, (what, value) in zip(labels, rows, strict=True):
-            alarm = what == "WARNING"
-            grid.add_row(Text(f"  {label}", style="bold red" if alarm else "bold"), Text(value, "red" if alarm else ""))
-        console.print(Text(title, style="bold green"), Text(subtitle), Text(""), sep="  ", end="\n")
-        console.print(grid)
-    else:
-        click.echo(f"{title}  {subtitle}")
-        for label, (_, value) in zip(labels, rows, strict=True):
-            click.echo(f"  {label:<10} {value}")
-    if show_time:
-        _print_times(result.report.passes)
+    console.print(Text(title, style="bold green"), Text(subtitle), Text(""), sep="  ", end="\n")
+    console.print(grid)
 
 
 def _print_times(passes: list[PassTime]) -> None:
