@@ -1,9 +1,9 @@
 """Calibration data: a folder, a file or a Python object becomes a re-iterable `Source` of samples that the model can be fed.
 
-Nothing is held in memory but the number of samples in each file: every iteration reads the data again, in the same order
-(by path). Headers are read, and shapes and dtypes checked, when a source is opened; values are checked as they are read. In a
-folder only files of the accepted kinds count; hidden files and links to folders are passed over. The batch rules are those of
-`samples`, the image rules those of `images`.
+Little is held in memory: every iteration reads most of the data again, in the same order (by path). Headers are read, and shapes
+and dtypes checked, when a source is opened; values are checked as they are read. In a folder only files of the accepted kinds
+count; hidden files and links to folders are passed over. The batch rules are those of `samples`, the image rules those of
+`images`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ __all__ = ["PRESETS", "InputSpec", "Preprocess", "Source", "as_source", "is_samp
 _KINDS = {".npy": "arrays", ".npz": "arrays", ".pb": "tensors"} | dict.fromkeys(SUFFIXES, "images")
 READERS = 2
 """Files that are read at a time."""
+
+KEPT_BYTES = 32_000_000
+"""What the samples that are kept may take: 53 images of 224 x 224, float32."""
 
 _ACCEPTED = "images (JPEG, PNG, BMP, WebP, GIF, TIFF), .npy, .npz or ONNX test data (input_0.pb)"
 
@@ -96,10 +99,11 @@ class _Memory:
 
 @dataclass(eq=False)
 class Source:
-    """Samples (input name → array, in the model's dtypes), read anew by every iteration, always in the same order.
+    """Samples (input name → array, in the model's dtypes), always in the same order.
 
-    `records` returns the places to read, anew for each iteration. Of `limit` < all samples, evenly spread ones are taken;
-    a last batch that would not be full is dropped. Opening one reads all headers and the first sample.
+    Every iteration reads them anew, but for the first ones, up to KEPT_BYTES, which several passes want. `records` returns the
+    places to read, anew for each iteration. Of `limit` < all samples, evenly spread ones are taken; a last batch that would not
+    be full is dropped. Opening one reads all headers and the first sample.
     """
 
     records: Callable[[], Iterable[Record]]
@@ -107,7 +111,9 @@ class Source:
     limit: int | None = None
     _counts: list[int] = field(init=False, default_factory=list, repr=False)
     _chosen: Sequence[int] = field(init=False, repr=False)
-    _digest: str | None = field(init=False, default=None, repr=False)
+    _kept: list[Sample] = field(init=False, default_factory=list, repr=False)
+    _kept_bytes: int = field(init=False, default=0, repr=False)
+    _hashes: dict[int, bytes] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -130,37 +136,37 @@ class Source:
         return len(self._chosen)
 
     def __iter__(self) -> Iterator[Sample]:
-        if self._digest is not None:
-            yield from self._samples()
-            return
-        digest = hashlib.sha256()
-        for sample in self._samples():
-            for name, array in sample.items():
-                digest.update(repr((name, array.dtype.str, array.shape)).encode())
-                digest.update(_bytes(array))
+        kept = list(self._kept)
+        yield from kept
+        for i, sample in enumerate(self._samples(len(kept)), len(kept)):
+            if i not in self._hashes:
+                self._hashes[i] = _hash(sample)
+            size = sum(array.nbytes for array in sample.values())
+            if i == len(self._kept) and self._kept_bytes + size <= KEPT_BYTES:
+                self._kept.append(sample)
+                self._kept_bytes += size
             yield sample
-        self._digest = digest.hexdigest()
 
     def digest(self) -> str:
-        """Return the SHA-256 of all that is fed: names, dtypes, shapes, bytes. Free after a complete iteration."""
-        if self._digest is None:
+        """Return a SHA-256 of all that is fed: names, dtypes, shapes, bytes. Free after a complete iteration."""
+        if len(self._hashes) < len(self):
             for _ in self:
                 pass
-        assert self._digest is not None
-        return self._digest
+        return hashlib.sha256(b"".join(self._hashes[i] for i in range(len(self)))).hexdigest()
 
-    def _samples(self) -> Iterator[Sample]:
+    def _samples(self, first: int = 0) -> Iterator[Sample]:
+        """Read all samples from the number `first` on."""
         group: list[Sample] = []
-        for item, where in _read_ahead((record, indices) for record, indices in self._parts() if indices):
+        for item, where in _read_ahead((record, indices) for record, indices in self._parts(first) if indices):
             group.append(item)
             if len(group) == self.batch.size:
                 yield join(group, self.batch, where)
                 group = []
 
-    def _parts(self) -> Iterator[tuple[Record, list[int]]]:
-        """The records, each with the positions of the items to take from it."""
+    def _parts(self, first: int) -> Iterator[tuple[Record, list[int]]]:
+        """The records, each with the positions of the items to take from it, from the sample `first` on."""
         size = self.batch.size
-        wanted = [index * size + row for index in self._chosen for row in range(size)]
+        wanted = [index * size + row for index in self._chosen[first:] for row in range(size)]
         start = taken = 0
         for record, count in zip(self.records(), self._counts, strict=False):
             stop = start + count
@@ -173,6 +179,14 @@ class Source:
             "there was less data on a second reading; a function must return a new iterator on every call",
             "calibration data",
         )
+
+
+def _hash(sample: Sample) -> bytes:
+    found = hashlib.sha256()
+    for name, array in sample.items():
+        found.update(repr((name, array.dtype.str, array.shape)).encode())
+        found.update(_bytes(array))
+    return found.digest()
 
 
 def _bytes(array: Array) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+from qcompiler import data
 from qcompiler.data import PRESETS, InputSpec, Preprocess, Source, as_source, open_source
 from qcompiler.errors import UserError
 
@@ -282,7 +283,27 @@ def test_data_that_changes_between_readings_is_noticed(tmp_path):
     assert "changed" in error(list, source).what
 
 
-def test_reading_holds_one_sample_at_a_time(tmp_path):
+def test_the_first_samples_are_kept(monkeypatch):
+    monkeypatch.setattr(data, "KEPT_BYTES", 2 * 3 * 4 * 4 * 4)
+    source = as_source(numbered(5), ONE)
+    first, second, third, *_ = once = list(source)
+    again = list(source)
+    assert [s["x"].tolist() for s in again] == [s["x"].tolist() for s in once]
+    assert again[0] is first and again[1] is second and again[2] is not third
+
+
+def test_what_is_kept_is_not_read_again(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.full((1, 3, 4, 4), i, np.float32))
+    source = open_source(tmp_path, ONE)
+    wanted = [sample["x"].tolist() for sample in source]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert [sample["x"].tolist() for sample in source] == wanted and len(source.digest()) == 64
+
+
+def test_reading_holds_one_sample_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "KEPT_BYTES", 0)
     inputs = [InputSpec("x", F32, (1, 3, 128, 128))]
     for index in range(3):
         np.save(tmp_path / f"{index}.npy", np.zeros((20, 3, 128, 128), np.float32))
@@ -377,5 +398,5 @@ def test_a_function_must_return_a_new_iterator_on_every_call():
 
 
 def test_a_model_without_inputs_cannot_be_fed(tmp_path):
-    for data in (tmp_path, []):
-        assert "no inputs" in error(as_source, data, []).what
+    for given in (tmp_path, []):
+        assert "no inputs" in error(as_source, given, []).what
