@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -156,7 +156,7 @@ def run(runner: Runner, feeds: Feeds) -> list[Any]:
         raise RuntimeError(f"ONNX Runtime does not run the model: {_message(error)}") from error
 
 
-def run_all(runner: Runner, samples: Sequence[Feeds]) -> list[list[Any]]:
+def run_all(runner: Runner, samples: Iterable[Feeds]) -> list[list[Any]]:
     """Run a session on every sample, on several threads, and return all outputs of each, in order. Raises as `run` does."""
     return each(lambda feeds: run(runner, feeds), samples)
 

@@ -45,3 +45,15 @@ def test_the_error_of_the_first_item_is_raised_and_no_more_items_are_begun():
 @pytest.mark.usefixtures("workers")
 def test_work_may_hand_out_work():
     assert each(lambda x: sum(each(lambda y: x * y, range(10))), range(20)) == [45 * x for x in range(20)]
+
+
+@pytest.mark.usefixtures("workers")
+def test_an_error_of_the_items_comes_behind_those_before():
+    def items():
+        yield from (1, 2)
+        raise KeyError("items")
+
+    with pytest.raises(KeyError, match="items"):
+        each(str, items())
+    with pytest.raises(ZeroDivisionError):
+        each(lambda x: 1 / (x - 1), items())

@@ -17,7 +17,7 @@ import numpy as np
 from qcompiler.detached import exceeds
 from qcompiler.quant import F32
 from qcompiler.rewrite import Refusal, Rewriter
-from qcompiler.state import CompileState, Feeds
+from qcompiler.state import CompileState
 from qcompiler_passes.channel_rules import RULES
 from qcompiler_passes.channels import Channels, Factors, Ids, follow, multiply
 from qcompiler_passes.linear import Linear
@@ -113,7 +113,7 @@ def balance(state: CompileState, sources: frozenset[str], samples: int, alpha: f
     if channels.is_fixed(np.arange(len(channels.parents))):
         return 0
     rewriter = Rewriter(state)
-    found = _groups(state, channels, list(islice(state.calibration or (), samples)))
+    found = _groups(state, channels, samples)
     makers = {t.name: n.name for n in state.graph.nodes for t in n.outputs}
     factors = np.ones(len(channels.parents))
     for group in found:
@@ -144,9 +144,10 @@ def _settle(group: Group, alpha: float, beta: float) -> Factors | None:
         factors, noise, steps = wanted, least, steps + 1
 
 
-def _groups(state: CompileState, channels: Channels, samples: list[Feeds]) -> list[Group]:
-    """What the samples show, in the order of the graph."""
-    observed = observed_channels(state, channels, samples) if samples else []
+def _groups(state: CompileState, channels: Channels, samples: int) -> list[Group]:
+    """What so many samples show, in the order of the graph."""
+    some = islice(state.calibration or (), samples)
+    observed = [] if state.calibration is None else observed_channels(state, channels, some)
     count = len(channels.parents)
     power, gain, columns = np.zeros(count), np.zeros(count), np.zeros(count)
     for tensor in observed:

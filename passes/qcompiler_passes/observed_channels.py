@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Observed:
     power: Factors
 
 
-def observed_channels(state: CompileState, channels: Channels, samples: Sequence[Feeds]) -> list[Observed]:
+def observed_channels(state: CompileState, channels: Channels, samples: Iterable[Feeds]) -> list[Observed]:
     """The tensors with free variables, in the order of the graph."""
     copy = state.graph.copy()
     known = {t.name: t for t in ir.tensors(copy)}
