@@ -138,6 +138,7 @@ class _Worker:
                     self._observe(index, feeds)
                 except UserError as error:
                     samples.fail(index, error)
+                    return
         except BaseException:
             samples.stop()
             raise
