@@ -230,6 +230,7 @@ def test_dead_channels_keep_their_weights() -> None:
 
 def test_needs_samples_and_a_float_graph() -> None:
     state = compiled(_pattern("relu"))
+    assert Equalize(samples=0).run(state) == 0
     state.calibration = None
     assert Equalize().run(state) == 0
     assert Equalize().run(compiled(_pattern("relu"), *TO_QDQ[:1])) == 0

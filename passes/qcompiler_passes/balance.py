@@ -146,8 +146,7 @@ def _settle(group: Group, alpha: float, beta: float) -> Factors | None:
 
 def _groups(state: CompileState, channels: Channels, samples: int) -> list[Group]:
     """What so many samples show, in the order of the graph."""
-    some = islice(state.calibration or (), samples)
-    observed = [] if state.calibration is None else observed_channels(state, channels, some)
+    observed = observed_channels(state, channels, islice(state.calibration or (), samples))
     count = len(channels.parents)
     power, gain, columns = np.zeros(count), np.zeros(count), np.zeros(count)
     for tensor in observed:

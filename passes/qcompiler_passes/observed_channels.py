@@ -33,7 +33,7 @@ class Observed:
 
 
 def observed_channels(state: CompileState, channels: Channels, samples: Iterable[Feeds]) -> list[Observed]:
-    """The tensors with free variables, in the order of the graph."""
+    """The tensors with free variables, in the order of the graph; none if there are no samples."""
     copy = state.graph.copy()
     known = {t.name: t for t in ir.tensors(copy)}
     taps = {name: ids for name, ids in _quantized(state, channels).items() if ir.shape(known[name]) is not None}
@@ -42,6 +42,8 @@ def observed_channels(state: CompileState, channels: Channels, samples: Iterable
         return []
     ir.drop_dead_nodes(copy)
     rows = run_all(relay(ir.to_proto(copy)), samples)
+    if not rows:
+        return []
     columns = [
         np.stack([value.reshape(-1) for value in column]).astype(np.float64) for column in zip(*rows, strict=True)
     ]
